@@ -1,0 +1,10 @@
+"""XGrad optimizers for PyTorch: gradients are taken at the weights that the optimizer is about to reach."""
+
+from xgrad_optim.adabelief import XAdaBelief
+from xgrad_optim.adam import XAdam, XAdamW
+from xgrad_optim.adam3 import XAdaM3
+from xgrad_optim.backends import available_backends
+from xgrad_optim.sgdm import XSGDM
+
+__all__ = ["XSGDM", "XAdaBelief", "XAdaM3", "XAdam", "XAdamW", "available_backends"]
+__version__ = "0.1.0"

@@ -1,0 +1,97 @@
+"""XAdaBelief: step sizes adapted by the belief in the gradient, at predicted weights."""
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from xgrad_optim.adam import adam_coefficients, direction
+from xgrad_optim.optimizer import ADAM_ARGS_DOC, COMMON_DOC, DECOUPLED_DOC, XGradOptimizer
+from xgrad_optim.rule import Blocks, Hyper, Rule
+
+
+def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> None:
+    """exp_avg    <- exp_avg + (1 - beta1) * (grad - exp_avg)
+    exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * (grad - exp_avg)^2 + eps"""
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg.add_(torch.sub(grad, exp_avg, out=scratch).mul_(hyper.one_minus_beta1))
+    surprise = torch.sub(grad, exp_avg, out=scratch)
+    surprise_sq = torch.mul(surprise, surprise, out=scratch).mul_(hyper.one_minus_beta2)
+    exp_avg_sq.mul_(hyper.beta2).add_(surprise_sq).add_(hyper.eps)
+
+
+ADABELIEF = Rule(
+    name="adabelief",
+    state_keys=("exp_avg", "exp_avg_sq"),
+    required_state=("step", "exp_avg", "exp_avg_sq"),
+    required_options=("lr", "betas", "eps"),
+    accumulate_columns=("one_minus_beta1", "beta2", "one_minus_beta2"),
+    direction_columns=("rsqrt_bias_correction2", "eps"),
+    coefficients=adam_coefficients,
+    accumulate=accumulate,
+    direction=direction,
+)
+
+
+class XAdaBelief(XGradOptimizer):
+    __doc__ = f"""AdaBelief whose gradients are taken at the weights that it is about to reach.
+
+    With theta the weights and g the gradient at theta_hat::
+
+        theta      <- theta * (1 - lr * weight_decay)       (decoupled; else g <- g + weight_decay * theta)
+        exp_avg    <- beta1 * exp_avg + (1 - beta1) * g
+        exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * (g - exp_avg)^2 + eps
+        delta       = exp_avg / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
+        step_size   = lr / (1 - beta1^t)
+        theta      <- theta - step_size * delta
+        theta_hat   = theta - prediction_steps * step_size * delta
+
+    With ``amsgrad`` the running maximum of exp_avg_sq replaces it in delta. No rectification.
+{ADAM_ARGS_DOC.format(eps="added to exp_avg_sq at every step and to its root, >= 0", weight_decay="weight decay, >= 0")}
+{DECOUPLED_DOC}
+{COMMON_DOC}
+    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter, and
+    0-dim numbers. Pure float16 state can't hold the default eps: use ``master_weights=True`` there.
+
+    Sources: XGrad, arXiv 2305.18240, Algorithm 1; AdaBelief, arXiv 2010.07468, Algorithm 2.
+    """
+
+    rule = ADABELIEF
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-16,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = True,
+        prediction_steps: float = 1.0,
+        master_weights: bool = False,
+        backend: str | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "prediction_steps": prediction_steps,
+                "master_weights": master_weights,
+                "backend": backend,
+                "maximize": maximize,
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+        )

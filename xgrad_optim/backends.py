@@ -1,0 +1,86 @@
+"""Which back end runs a Launch, and for each one passed over, why. The only place that imports optional code."""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
+
+from xgrad_optim.rule import Options
+
+if TYPE_CHECKING:
+    from xgrad_optim.launch import Launch
+
+NAMES = ("triton", "cuda", "cpu", "torch")
+"""Every back end, best first; a back end that does not fit a Launch's device says so."""
+
+_MODULES = {"torch": "xgrad_optim.backend_torch"}
+
+
+class Backend(Protocol):
+    """What a back end's module provides."""
+
+    def unavailable(self) -> str | None:
+        """Why this machine can't run the back end at all; None where it can."""
+
+    def why_not(self, launch: "Launch") -> str | None:
+        """Why this back end can't run this Launch; None where it can."""
+
+    def run(self, launch: "Launch") -> None:
+        """Restore, update where the Launch has gradients, and predict every tensor of the Launch."""
+
+
+@functools.cache
+def _module(name: str) -> ModuleType | str:
+    """The back end's module, or why there is none."""
+    if name not in _MODULES:
+        return "this release does not contain it"
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return f"it can't be imported: {error}"
+
+
+def unavailable(name: str) -> str | None:
+    """Why the named back end can't run on this machine, or None."""
+    module = _module(name)
+    return module if isinstance(module, str) else cast(Backend, module).unavailable()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every back end by name, best first: None where it can run on this machine, else the reason why not."""
+    return {name: unavailable(name) for name in NAMES}
+
+
+def _candidates(options: Options) -> tuple[str, ...]:
+    if options["foreach"] or options["fused"] is False:
+        return ("torch",)
+    if options["backend"] is not None:
+        return (options["backend"],)
+    return tuple(name for name in NAMES if name != "torch") if options["fused"] else NAMES
+
+
+def check_available(options: Options) -> None:
+    """Raise RuntimeError where the options demand a back end that this machine does not have."""
+    reasons = {name: unavailable(name) for name in _candidates(options)}
+    if all(reasons.values()):
+        _refuse(options, reasons)
+
+
+def choose(launch: "Launch", options: Options) -> Backend:
+    """The best back end that the options admit and the Launch allows; RuntimeError names why each was passed over."""
+    reasons: dict[str, str | None] = {}
+    for name in _candidates(options):
+        reasons[name] = unavailable(name)
+        if reasons[name] is None:
+            backend = cast(Backend, _module(name))
+            reasons[name] = backend.why_not(launch)
+            if reasons[name] is None:
+                return backend
+    _refuse(options, reasons)
+    raise AssertionError("unreachable")
+
+
+def _refuse(options: Options, reasons: dict[str, str | None]) -> None:
+    asked = f"backend={options['backend']!r}" if options["backend"] else f"fused={options['fused']}"
+    because = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"{asked} cannot run this ({because}). Use backend=None for the best back end that can")

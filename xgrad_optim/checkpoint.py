@@ -1,0 +1,89 @@
+"""What `load_state_dict` makes of a saved state: checked as a whole first, no number rounded, no tensor shared."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xgrad_optim.layout import DTensor
+from xgrad_optim.numeric import master_dtype
+from xgrad_optim.options import EXECUTION_OPTIONS, check_options
+from xgrad_optim.rule import Rule
+
+Groups = list[dict[str, Any]]
+
+
+def load(
+    rule: Rule, groups: Groups, state_dict: Mapping[str, Any]
+) -> tuple[Groups, defaultdict[Tensor, dict[str, Any]]]:
+    """The param groups and the state to adopt. Raises ValueError, having changed nothing, where they do not fit."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError('loaded state dict has no "state" and "param_groups": it is not an optimizer\'s')
+    saved_groups = state_dict["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(group["params"]) != len(saved["params"]) for group, saved in zip(groups, saved_groups, strict=True)):
+        raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's group")
+    new_groups = [_load_group(rule, *pair) for pair in zip(groups, saved_groups, strict=True)]
+    params = {
+        saved_id: param
+        for group, saved in zip(groups, saved_groups, strict=True)
+        for param, saved_id in zip(group["params"], saved["params"], strict=True)
+    }
+    state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+    for saved_id, saved_state in state_dict["state"].items():
+        if saved_id not in params:
+            state[saved_id] = saved_state
+        elif loaded := _load_param_state(rule, saved_id, params[saved_id], saved_state):
+            state[params[saved_id]] = loaded
+    return new_groups, state
+
+
+def _load_group(rule: Rule, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved options, completed by the present ones; which code runs stays as it is on this machine."""
+    owner = saved.get("rule", rule.name)
+    missing = [name for name in rule.required_options if name not in saved]
+    if owner != rule.name or missing:
+        what = f"is of the rule {owner!r}" if owner != rule.name else f"has no {', '.join(map(repr, missing))}"
+        raise ValueError(
+            f"loaded state dict belongs to another optimizer: its param group {what}, this one's rule is {rule.name!r}"
+        )
+    kept = ("params", "rule", *EXECUTION_OPTIONS)
+    loaded = {name: deepcopy(value) for name, value in saved.items() if name not in kept}
+    new_group = {**group, **loaded}
+    check_options(new_group)
+    return new_group
+
+
+def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    if all(value is None for value in saved.values()):  # nothing yet, or torch.optim.SGD without momentum
+        return {}
+    for key in rule.required_state:
+        if saved.get(key) is None:
+            raise ValueError(f"loaded state dict: the state of parameter {saved_id} has no {key!r}")
+    buffers = {
+        key: saved[key]
+        for key in (*rule.state_keys, "max_exp_avg_sq", "master_weights")
+        if isinstance(saved.get(key), Tensor)
+    }
+    for key, buffer in buffers.items():
+        if buffer.shape != param.shape:
+            raise ValueError(
+                f"loaded state dict: parameter {saved_id} has shape {tuple(param.shape)}, "
+                f"its {key!r} has shape {tuple(buffer.shape)}"
+            )
+    # fp32 state of a 16-bit parameter stays fp32, where torch's own load_state_dict would round it.
+    wide = master_dtype(param.dtype)
+    dtype = wide if "master_weights" in buffers or any(b.dtype == wide for b in buffers.values()) else param.dtype
+    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in buffers}
+    return loaded | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
+
+
+def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of value on the parameter's device and with its strides."""
+    if isinstance(param, DTensor) != isinstance(value, DTensor):
+        return value.to(device=param.device, dtype=dtype, copy=True)
+    return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)

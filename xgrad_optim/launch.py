@@ -1,0 +1,141 @@
+"""The description of one multi-tensor launch that every back end consumes, and how a step is divided into them."""
+
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from xgrad_optim import backends
+from xgrad_optim.layout import plain
+from xgrad_optim.numeric import COMPUTE_DTYPES
+from xgrad_optim.rule import Options, Rule
+from xgrad_optim.scalars import PREDICTED, SHIFT, STEP, Scalars, State
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter that takes part in a step (with its gradient) or in a swap (without)."""
+
+    param: Tensor
+    state: State
+    options: Options
+    column: int
+    """Its column in the table of `Scalars`."""
+    grad: Tensor | None
+
+
+class Launch:
+    """All tensors of one device, parameter dtype, state dtype and set of buffers, for one launch.
+
+    The same launch steps and swaps. With gradients it restores theta, updates it and predicts; without, it only
+    restores and predicts, and one of the two is a shift of 0, which does nothing.
+
+    Attributes:
+        rule: the math to plug in.
+        params, grads, state: the tensors by slot, `grads` is None for a swap; `state` holds the rule's buffers and,
+            where in use, "max_exp_avg_sq" and "master_weights".
+        rows: `[n_rows, len(rule.columns)]` in the compute dtype, on the CPU. Tensors of one group that are in step
+            share a row.
+        row_of: each tensor's row.
+    """
+
+    def __init__(self, rule: Rule, entries: list[Entry], scalars: Scalars) -> None:
+        self.rule = rule
+        self.params = [entry.param for entry in entries]
+        self.grads = None if entries[0].grad is None else [entry.grad for entry in entries]
+        self.state = {
+            key: [entry.state[key] for entry in entries]
+            for key in (*rule.state_keys, "max_exp_avg_sq", "master_weights")
+            if key in entries[0].state
+        }
+        self.device = self.params[0].device
+        self.dtype = plain(self.params[0]).dtype
+        self.compute_dtype = COMPUTE_DTYPES[self.dtype]
+        self.is_capturable = bool(entries[0].options["capturable"])
+        self._scalars = scalars
+        self._members = numpy.array([entry.column for entry in entries])
+        self._group_into_rows(entries)
+        self.rows = torch.empty(0)
+        self.backend = backends.choose(self, entries[0].options)
+
+    def _group_into_rows(self, entries: list[Entry]) -> None:
+        """Tensors share a row while their group and all their numbers are equal: they then stay equal."""
+        rows: dict[tuple[float, ...], int] = {}
+        self.row_of: list[int] = []
+        self._row_options: list[Options] = []
+        representatives: list[int] = []
+        for entry in entries:
+            key = (id(entry.options), *self._scalars.table[:, entry.column].tolist())
+            if key not in rows:
+                rows[key] = len(rows)
+                self._row_options.append(entry.options)
+                representatives.append(entry.column)
+            self.row_of.append(rows[key])
+        self._representatives = numpy.array(representatives)
+        self._members_row = numpy.array(self.row_of)
+
+    def refresh(self) -> None:
+        """Compute the rows, in float64, from the groups' present hyperparameters; each number is rounded once."""
+        self._scalars.warn_of_foreign_writes(self._members, self.params)
+        make_row = _swap_row if self.grads is None else _step_row
+        numbers = self._scalars.table[:, self._representatives].T.tolist()
+        hypers = [
+            make_row(self.rule, options, *row) for options, row in zip(self._row_options, numbers, strict=True)
+        ]
+        values = [[hyper[column] for column in self.rule.columns] for hyper in hypers]
+        self.rows = torch.tensor(values, dtype=torch.float64, device="cpu").to(self.compute_dtype)
+        columns = ("shift", *self.rule.direction_columns)
+        self._next_prediction = numpy.array([[hyper[column] for column in columns] for hyper in hypers])
+
+    def run(self) -> None:
+        """Run on the chosen back end, then note in the state what the parameters now hold."""
+        self.backend.run(self)
+        table, members = self._scalars.table, self._members
+        if self.grads is None:
+            table[PREDICTED, members] = 1.0 - table[PREDICTED, members]
+        else:
+            table[STEP, members] += 1.0
+            table[PREDICTED, members] = 1.0
+            table[SHIFT:, members] = self._next_prediction[self._members_row].T
+        self._scalars.note_writes(members, self.params)
+
+
+def _step_row(rule: Rule, options: Options, step: float, predicted: float, *prediction: float) -> dict[str, float]:
+    """Undo the last prediction with the numbers that made it, then update and predict with today's."""
+    row = rule.coefficients(options, step + 1)
+    weight_decay = float(options["weight_decay"])
+    is_decoupled = options.get("decoupled_weight_decay", False)
+    row["grad_sign"] = -1.0 if options["maximize"] else 1.0
+    row["weight_decay"] = 0.0 if is_decoupled else weight_decay
+    row["decay_factor"] = 1.0 - float(options["lr"]) * weight_decay if is_decoupled else 1.0
+    row["shift"] = float(options["prediction_steps"]) * row["step_size"]
+    row["shift_prev"] = prediction[0] if predicted else 0.0
+    row.update({f"{name}_prev": value for name, value in zip(rule.direction_columns, prediction[1:], strict=True)})
+    return row
+
+
+def _swap_row(rule: Rule, options: Options, step: float, predicted: float, *prediction: float) -> dict[str, float]:
+    """Go to the other weights, with the numbers of the last prediction either way."""
+    row = dict.fromkeys(rule.columns, 0.0)
+    row["shift_prev" if predicted else "shift"] = prediction[0]
+    for name, value in zip(rule.direction_columns, prediction[1:], strict=True):
+        row[name] = row[f"{name}_prev"] = value
+    return row
+
+
+def build_launches(rule: Rule, entries: list[Entry], scalars: Scalars) -> list[Launch]:
+    """Divide the entries into launches: as few as devices, dtypes, buffers and demanded back ends allow."""
+    launches: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        state, options = entry.state, entry.options
+        key = (
+            entry.param.device,
+            entry.param.dtype,
+            state[rule.state_keys[0]].dtype,
+            "max_exp_avg_sq" in state,
+            "master_weights" in state,
+            *(options[name] for name in ("backend", "foreach", "fused", "capturable")),
+        )
+        launches.setdefault(key, []).append(entry)
+    return [Launch(rule, members, scalars) for members in launches.values()]

@@ -1,0 +1,59 @@
+"""How a tensor lies in memory: the local shard as real numbers, flat where it can be, in cache-sized blocks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+else:  # builds of torch without distributed
+    DTensor = ()  # type: ignore[assignment,misc]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor's own memory as real numbers: a DTensor's local shard, a complex tensor's pairs."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each once, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def are_flat(tensors: list[Tensor]) -> bool:
+    """Whether the tensors, of one shape, are dense with equal strides, so that each is one flat range in one order."""
+    strides = tensors[0].stride()
+    return is_dense(tensors[0]) and all(tensor.stride() == strides for tensor in tensors[1:])
+
+
+def blocks(tensors: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Views that together cover the tensors, which have one shape, at most `size` elements at a time."""
+    views = list(tensors.values())
+    if views[0].dim() != 1 and are_flat(views):
+        views = [view.as_strided((view.numel(),), (1,)) for view in views]
+    for parts in _split(views, size):
+        yield dict(zip(tensors, parts, strict=True))
+
+
+def _split(views: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    numel = views[0].numel()
+    if numel <= size:
+        if numel:
+            yield views
+        return
+    shape = views[0].shape
+    longest = max(range(len(shape)), key=shape.__getitem__)
+    length = max(1, shape[longest] * size // numel)
+    for parts in zip(*(view.split(length, longest) for view in views), strict=True):
+        yield from _split(list(parts), size)

@@ -1,0 +1,330 @@
+"""The base class of the five optimizers: the step, the two modes and the state. It knows no formula."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from operator import is_
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from xgrad_optim import backends, checkpoint
+from xgrad_optim.launch import Entry, Launch, build_launches
+from xgrad_optim.layout import plain
+from xgrad_optim.numeric import is_supported, master_dtype
+from xgrad_optim.options import EXECUTION_OPTIONS, check_numbers, check_options
+from xgrad_optim.rule import Options, Rule
+from xgrad_optim.scalars import PREDICTED, SHIFT, Scalars, State
+
+COMMON_DOC = """\
+        prediction_steps (float): how many steps ahead the weights are predicted, >= 0; 0 is the base optimizer.
+            A param-group option: a scheduler may change it, and groups may differ.
+        master_weights (bool): keep theta in float32 (float64 for float64 parameters) in ``state``, and the other
+            state likewise: mixed precision for bfloat16 and float16 parameters.
+        backend (str, optional): "triton", "cuda", "cpu", "torch", or None for the best that can run.
+        maximize (bool): ascend instead of descend.
+        foreach (bool, optional): True means ``backend="torch"``.
+        capturable (bool): for CUDA graphs; needs parameters on a GPU.
+        differentiable (bool): must be False.
+        fused (bool, optional): True demands a native back end, False means ``backend="torch"``.
+
+    Parameters are float64, float32, bfloat16, float16, complex128 or complex64, of any shape and strides. After
+    :meth:`step` they hold theta_hat; :meth:`eval` puts theta into them, :meth:`train` theta_hat back.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a value out of its range.
+        RuntimeError: options that exclude each other, or a demanded back end that this machine lacks.
+        NotImplementedError: ``differentiable=True``.
+"""
+
+ADAM_ARGS_DOC = """
+    Args:
+        params: parameters, named parameters or param groups, as every torch optimizer takes them.
+        lr (float or 1-element Tensor): learning rate, >= 0.
+        betas (pair of floats): decay rates of exp_avg and exp_avg_sq, each in [0, 1).
+        eps (float): {eps}.
+        weight_decay (float): {weight_decay}.
+        amsgrad (bool): use the running maximum of exp_avg_sq."""
+
+DECOUPLED_DOC = """\
+        decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
+
+
+class _Cache:
+    """What a step reuses of the one before: its launches, while all that they were built from is the same.
+
+    Attributes:
+        scalars: the numbers of every parameter that has state.
+        launches: those of the last step.
+        sources: the objects that these were built from, compared by identity.
+        switches: the options that divide them, compared by value.
+        builds: how often launches were built; a steady step adds nothing.
+    """
+
+    def __init__(self) -> None:
+        self.builds = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.scalars: Scalars | None = None
+        self.launches: list[Launch] = []
+        self.sources: list[object] = []
+        self.switches: list[object] = []
+
+    def holds(self, sources: list[object], switches: list[object]) -> bool:
+        return (
+            self.scalars is not None
+            and self.scalars.is_untouched
+            and self.switches == switches
+            and len(self.sources) == len(sources)
+            and all(map(is_, self.sources, sources))
+        )
+
+
+class XGradOptimizer(Optimizer):
+    """Base of the XGrad family (arXiv 2305.18240): a subclass adds a `rule` and a constructor."""
+
+    rule: ClassVar[Rule]
+    fixed_options: ClassVar[dict[str, object]] = {}
+    """Param-group entries that the class decides: no argument and no checkpoint changes them."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        defaults |= self.fixed_options | {"rule": self.rule.name}
+        check_options(defaults)
+        backends.check_available(defaults)
+        self._cache = _Cache()
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            group.update(self.fixed_options)
+        # An existing cache is emptied, not replaced: wrappers hold it through a copy of our __dict__.
+        self.__dict__.setdefault("_cache", _Cache()).clear()
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group with options of its own or the defaults; checked before anything is added."""
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            check_options(options)
+            backends.check_available(options)
+            params = param_group.get("params")
+            if isinstance(params, (list, tuple)):
+                distinct = {id(param[1] if isinstance(param, tuple) else param) for param in params}
+                if len(distinct) != len(params):
+                    raise ValueError("a parameter appears more than once in one parameter group")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adopt a state_dict of this class or of its torch.optim base, saved in either mode.
+
+        The parameters must hold what they held when it was saved, theta or theta_hat: `predicted` tells which.
+        Nothing is rounded, no tensor is shared with `state_dict`, and what chooses the code (backend, foreach,
+        fused, capturable) stays as this optimizer has it.
+
+        Raises:
+            ValueError: it belongs to another optimizer, or does not fit the parameters. Nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        groups, state = checkpoint.load(self.rule, self.param_groups, state_dict)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    # -- the two modes -------------------------------------------------------------------------------------------
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the parameters hold theta_hat. False before the first step, when theta_hat is theta."""
+        return any(bool(state.get("predicted", False)) for _, state, _ in self._tracked())
+
+    @torch._disable_dynamo
+    def eval(self) -> None:
+        """Put the true weights theta into the parameters. Idempotent and exact: :meth:`train` undoes every bit."""
+        self._swap(to_predicted=False)
+
+    @torch._disable_dynamo
+    def train(self, mode: bool = True) -> None:
+        """Put the predicted weights theta_hat into the parameters; ``train(False)`` is :meth:`eval`. Idempotent."""
+        self._swap(to_predicted=mode)
+
+    @contextmanager
+    def true_weights(self) -> Iterator[None]:
+        """The parameters hold theta inside the block, and afterwards what they held before.
+
+        The place to evaluate, save, average or clip: what is written to the parameters inside is written to theta.
+        """
+        was_predicted = self.predicted
+        self.eval()
+        try:
+            yield
+        finally:
+            if was_predicted:
+                self.train()
+
+    def _tracked(self) -> list[tuple[Tensor, State, Options]]:
+        """The parameters that have taken a step, with their state and options."""
+        first = self.rule.state_keys[0]
+        return [
+            (param, state, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if first in (state := self.state.get(param, {}))
+        ]
+
+    def _bind(self, states: list[State]) -> Scalars:
+        """The numbers of these states in one table: the cached one, unless the state was loaded, moved or edited."""
+        scalars = self._cache.scalars
+        if scalars is None or not scalars.are_in(states):
+            scalars = self._cache.scalars = Scalars(self.rule, states)
+        return scalars
+
+    @torch.no_grad()
+    def _swap(self, to_predicted: bool) -> None:
+        tracked = self._tracked()
+        scalars = self._bind([state for _, state, _ in tracked])
+        columns = numpy.flatnonzero(scalars.table[PREDICTED] != to_predicted)
+        # A shift of 0 leaves nothing to move, not even the version counter.
+        entries = [Entry(*tracked[column], column, None) for column in columns if scalars.table[SHIFT, column] != 0]
+        launches = build_launches(self.rule, entries, scalars)
+        for launch in launches:
+            launch.refresh()
+        for launch in launches:
+            launch.run()
+        scalars.table[PREDICTED, columns] = to_predicted
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Restore theta, update it with the gradients, and leave theta_hat in the parameters.
+
+        In evaluation mode the update starts from the theta that is there. Parameters without a gradient keep theta
+        and their last prediction.
+
+        Args:
+            closure: reevaluates the model, at the weights that the parameters hold, and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient that is sparse or does not match its parameter, or options that no back end
+                can serve.
+            ValueError: a hyperparameter that has left its range.
+            In both cases parameters and state are as before.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        cache = self._cache
+        active = [(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        for group in self.param_groups:
+            check_numbers(group)
+        for param, group in active:
+            _check_gradient(type(self).__name__, param, group)
+        if not cache.holds(*self._built_from(active)):
+            self._rebuild(active)
+        for launch in cache.launches:
+            launch.grads = [param.grad for param in launch.params]
+            launch.refresh()
+        for launch in cache.launches:
+            launch.run()
+            launch.grads = []
+        if cache.scalars is not None and not cache.scalars.table[PREDICTED].all():
+            self._swap(to_predicted=True)
+
+    def _built_from(self, active: list[tuple[Tensor, Options]]) -> tuple[list[object], list[object]]:
+        """What the launches of these parameters depend on: objects, and options."""
+        states = (self.state.get(param, {}) for param, _ in active)
+        sources = [*self.param_groups, *(param for param, _ in active)]
+        sources.extend(chain.from_iterable(state.values() for state in states))
+        switches = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
+        return sources, [group.get(name) for group in self.param_groups for name in switches]
+
+    def _rebuild(self, active: list[tuple[Tensor, Options]]) -> None:
+        """Create the missing state and divide the step into launches."""
+        self._conform_state(active)
+        created = {
+            param: _new_state(self.rule, param, group)
+            for param, group in active
+            if self.rule.state_keys[0] not in self.state.get(param, {})
+        }
+        tracked = [(param, state) for param, state, _ in self._tracked()] + list(created.items())
+        scalars = self._bind([state for _, state in tracked])
+        places = {param: (state, column) for column, (param, state) in enumerate(tracked)}
+        entries = [Entry(param, places[param][0], group, places[param][1], param.grad) for param, group in active]
+        self._cache.launches = build_launches(self.rule, entries, scalars)
+        for param, state in created.items():
+            self.state[param].update(state)
+        self._cache.sources, self._cache.switches = self._built_from(active)
+        self._cache.builds += 1
+
+    def _conform_state(self, active: list[tuple[Tensor, Options]]) -> None:
+        """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
+        for param, group in active:
+            state = self.state.get(param, {})
+            wanted = {"max_exp_avg_sq": group.get("amsgrad", False), "master_weights": group["master_weights"]}
+            if self.rule.state_keys[0] not in state or all((key in state) == wanted[key] for key in wanted):
+                continue
+            # theta_hat can only be undone with the buffers that made it.
+            self._swap(to_predicted=False)
+            for key in wanted:
+                if not wanted[key]:
+                    state.pop(key, None)
+            if wanted["master_weights"] and "master_weights" not in state:
+                _add_master_weights(param, state)
+            if wanted["max_exp_avg_sq"]:
+                state.setdefault("max_exp_avg_sq", state["exp_avg_sq"].clone())
+
+
+def _new_state(rule: Rule, param: Tensor, options: Options) -> State:
+    """The state before the first step, created with it, when the parameter holds theta."""
+    state = {"step": torch.zeros((), dtype=torch.float64, device="cpu")}
+    keys = (*rule.state_keys, "max_exp_avg_sq") if options.get("amsgrad") else rule.state_keys
+    state |= {key: torch.zeros_like(param, requires_grad=False) for key in keys}
+    if options["master_weights"]:
+        _add_master_weights(param, state)
+    return state
+
+
+def _add_master_weights(param: Tensor, state: State) -> None:
+    """theta in full precision, and the buffers beside it likewise."""
+    dtype = master_dtype(param.dtype)
+    for key, buffer in state.items():
+        if buffer.shape == param.shape and buffer.is_floating_point():
+            state[key] = buffer.to(dtype)
+    state["master_weights"] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(param)
+
+
+def _check_gradient(name: str, param: Tensor, options: Options) -> None:
+    grad = param.grad
+    assert grad is not None
+    where = f"parameter of shape {tuple(param.shape)}"
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name} does not support sparse gradients, the gradient of a {where} is {grad.layout}")
+    if not is_supported(param.dtype):
+        raise RuntimeError(f"{name} does not support parameters of dtype {param.dtype}, got a {where}")
+    if (grad.dtype, grad.device) != (param.dtype, param.device) or plain(grad).shape != plain(param).shape:
+        raise RuntimeError(
+            f"the gradient of a {where}, dtype {param.dtype} on {param.device} must match it, "
+            f"got shape {tuple(grad.shape)}, dtype {grad.dtype} on {grad.device}"
+        )
+    if options["capturable"] and param.device.type == "cpu":
+        raise RuntimeError(
+            f"If capturable=True, parameters must be on a GPU, got a {where} on cpu. Use capturable=False"
+        )

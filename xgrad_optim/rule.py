@@ -1,0 +1,58 @@
+"""What one optimizer declares: its state, its coefficients and its math; nothing else tells two of them apart."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+Options = Mapping[str, Any]
+"""A param group's hyperparameters by name."""
+
+Blocks = Mapping[str, Tensor]
+"""State buffers by name, in the compute type: one block of one tensor each."""
+
+Hyper = SimpleNamespace
+"""One row of coefficients by column name, rounded to the compute type."""
+
+STEP_COLUMNS = ("grad_sign", "weight_decay", "decay_factor", "step_size", "shift", "shift_prev")
+"""Coefficients that every rule has; `weight_decay` is the L2 penalty, `decay_factor` the decoupled decay."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The math of one optimizer, of one element, free of lr, weight decay and prediction.
+
+    Attributes:
+        name: stands in checkpoints and names the kernels.
+        state_keys: the state buffers, shaped like the parameter.
+        required_state: keys without which a loaded state can't go on; torch.optim.SGD keeps no "step", for one.
+        required_options: hyperparameters without which a loaded param group is another optimizer's.
+        accumulate_columns: coefficients of `accumulate`.
+        direction_columns: coefficients of `direction`; a prediction is undone with the ones that made it.
+        coefficients: `(options, step) -> {column: value}` in float64, `step_size` included; `step` counts from 1.
+        accumulate: `(grad, state, hyper, scratch)` advances `state` in place; `grad` is read only.
+        direction: `(state, hyper, scratch) -> delta`, either in `scratch` or a buffer of `state`.
+    """
+
+    name: str
+    state_keys: tuple[str, ...]
+    required_state: tuple[str, ...]
+    required_options: tuple[str, ...]
+    accumulate_columns: tuple[str, ...]
+    direction_columns: tuple[str, ...]
+    coefficients: Callable[[Options, float], dict[str, float]]
+    accumulate: Callable[[Tensor, Blocks, Hyper, Tensor], None]
+    direction: Callable[[Blocks, Hyper, Tensor], Tensor]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a Launch's rows, in the order that every back end reads."""
+        previous = tuple(f"{name}_prev" for name in self.direction_columns)
+        return STEP_COLUMNS + self.accumulate_columns + self.direction_columns + previous
+
+    @property
+    def prediction_keys(self) -> tuple[str, ...]:
+        """State keys of the numbers that made theta_hat, all that it takes to undo it."""
+        return ("prediction_shift", *(f"prediction_{name}" for name in self.direction_columns))

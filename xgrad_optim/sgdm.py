@@ -1,0 +1,113 @@
+"""XSGDM: stochastic gradient descent with momentum, at predicted weights."""
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from xgrad_optim.optimizer import COMMON_DOC, XGradOptimizer
+from xgrad_optim.rule import Blocks, Hyper, Options, Rule
+
+
+def coefficients(options: Options, step: float) -> dict[str, float]:
+    # A momentum of 0 starts the buffer afresh: the first step, and plain SGD, which knows no dampening.
+    is_fresh = step == 1 or options["momentum"] == 0
+    return {
+        "step_size": float(options["lr"]),
+        "momentum": 0.0 if is_fresh else float(options["momentum"]),
+        "one_minus_dampening": 1.0 - float(options["dampening"]),
+    }
+
+
+def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> None:
+    """momentum_buffer <- momentum * momentum_buffer + (1 - dampening) * grad"""
+    momentum_buffer = state["momentum_buffer"]
+    if hyper.momentum == 0:
+        momentum_buffer.copy_(grad)
+        return
+    if hyper.one_minus_dampening != 1:
+        grad = torch.mul(grad, hyper.one_minus_dampening, out=scratch)
+    momentum_buffer.mul_(hyper.momentum).add_(grad)
+
+
+def direction(state: Blocks, hyper: Hyper, scratch: Tensor) -> Tensor:
+    """delta = momentum_buffer"""
+    return state["momentum_buffer"]
+
+
+SGDM = Rule(
+    name="sgdm",
+    state_keys=("momentum_buffer",),
+    required_state=("momentum_buffer",),
+    required_options=("lr", "momentum", "dampening"),
+    accumulate_columns=("momentum", "one_minus_dampening"),
+    direction_columns=(),
+    coefficients=coefficients,
+    accumulate=accumulate,
+    direction=direction,
+)
+
+
+class XSGDM(XGradOptimizer):
+    __doc__ = f"""SGD with momentum whose gradients are taken at the weights that it is about to reach.
+
+    A drop-in replacement for :class:`torch.optim.SGD`. With theta the weights and g the gradient at theta_hat::
+
+        g               <- g + weight_decay * theta
+        momentum_buffer <- momentum * momentum_buffer + (1 - dampening) * g      (first step: g)
+        theta           <- theta - lr * momentum_buffer
+        theta_hat        = theta - prediction_steps * lr * momentum_buffer
+
+    ``prediction_steps=momentum`` is Nesterov momentum as the model sees it; larger values are Overshoot
+    (arXiv 2501.09556).
+
+    Args:
+        params: parameters, named parameters or param groups, as every torch optimizer takes them.
+        lr (float or 1-element Tensor): learning rate, >= 0.
+        momentum (float): >= 0.
+        dampening (float): any finite number.
+        weight_decay (float): L2 penalty, >= 0.
+        nesterov (bool): must be False; use ``prediction_steps=momentum``.
+{COMMON_DOC}
+    State per parameter: ``momentum_buffer``, shaped like the parameter, and 0-dim numbers.
+
+    Sources: XGrad, arXiv 2305.18240, Algorithm 1; Sutskever et al. 2013 for the momentum.
+    """
+
+    rule = SGDM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        prediction_steps: float = 1.0,
+        master_weights: bool = False,
+        backend: str | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "prediction_steps": prediction_steps,
+                "master_weights": master_weights,
+                "backend": backend,
+                "maximize": maximize,
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+        )
