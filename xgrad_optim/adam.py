@@ -1,6 +1,7 @@
 """XAdam and XAdamW: one rule at predicted weights; whether the weight decay is decoupled tells them apart."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class XAdam(XGradOptimizer):
     """
 
     rule = ADAM
-    fixed_options = {"decoupled_weight_decay": False}
+    fixed_options: ClassVar = {"decoupled_weight_decay": False}
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class XAdamW(XAdam):
     Sources: XGrad, arXiv 2305.18240, Algorithm 1; AdamW, arXiv 1711.05101, Algorithm 2; AMSGrad, Reddi et al. 2018.
     """
 
-    fixed_options = {"decoupled_weight_decay": True}
+    fixed_options: ClassVar = {"decoupled_weight_decay": True}
 
     def __init__(
         self,

@@ -1,14 +1,19 @@
 """The pure PyTorch back end: the readable reference, on any device. One block of one tensor at a time."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from xgrad_optim.layout import blocks, plain
 from xgrad_optim.launch import Launch
+from xgrad_optim.layout import blocks, plain
 from xgrad_optim.rule import Hyper, Rule
 
-BLOCK = 1 << 18
-"""Elements of a block: small enough for a block of every buffer to stay in cache, large enough to hide call costs."""
+BLOCK = 1 << 19
+"""Elements of a block: few enough for all its buffers to stay in a cache, enough to hide what a call costs."""
+
+SMALL = 1 << 14
+"""Tensors of up to this many elements are bundled into one block: copying them costs less than calls for each."""
 
 
 def unavailable() -> str | None:
@@ -23,21 +28,51 @@ def why_not(launch: Launch) -> str | None:
 
 def run(launch: Launch) -> None:
     """Restore, update where there are gradients, and predict every tensor of the launch."""
+    hypers = [_hyper(launch.rule, row) for row in launch.rows]
+    scratch = _Scratch(launch.device, launch.compute_dtype)
+    for block, row in _all_blocks(launch):
+        _run_block(launch.rule, block, hypers[row], scratch)
+
+
+def _all_blocks(launch: Launch) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Every element of the launch once, with its row: large tensors in blocks, small ones in bundles."""
     slots = {"param": launch.params, **launch.state}
     if launch.grads is not None:
         slots["grad"] = launch.grads
-    hypers = [_hyper(launch.rule, row) for row in launch.rows.tolist()]
-    scratch = _Scratch(launch.device, launch.compute_dtype)
+    bundles: dict[int, list[dict[str, Tensor]]] = {}
     for index, row in enumerate(launch.row_of):
         tensors = {name: plain(slot[index]) for name, slot in slots.items()}
-        for block in blocks(tensors, BLOCK):
-            _run_block(launch.rule, block, hypers[row], scratch)
+        if tensors["param"].numel() > SMALL:
+            for block in blocks(tensors, BLOCK):
+                yield block, row
+        else:
+            bundle = bundles.setdefault(row, [])
+            bundle.append(tensors)
+            if len(bundle) * SMALL >= BLOCK:
+                yield from ((block, row) for block in _bundled(bundles.pop(row)))
+    for row, bundle in bundles.items():
+        yield from ((block, row) for block in _bundled(bundle))
 
 
-def _hyper(rule: Rule, row: list[float]) -> Hyper:
-    """A row by name; `hyper.prev` is what the direction reads to undo the last prediction."""
-    hyper = Hyper(**dict(zip(rule.columns, row, strict=True)))
+def _bundled(bundle: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """One block that holds copies of these tensors; what it holds when the caller comes back is copied home."""
+    block = {name: torch.cat([tensors[name].reshape(-1) for tensors in bundle]) for name in bundle[0]}
+    yield block
+    block.pop("grad", None)
+    for name, values in block.items():
+        homes = [tensors[name] for tensors in bundle]
+        parts = values.split([home.numel() for home in homes])
+        torch._foreach_copy_(homes, [part.view(home.shape) for part, home in zip(parts, homes, strict=True)])
+
+
+def _hyper(rule: Rule, row: Tensor) -> Hyper:
+    """A row by name, as 0-dim tensors; `hyper.prev` is what the direction reads to undo the last prediction."""
+    hyper = Hyper(**dict(zip(rule.columns, row.unbind(), strict=True)))
     hyper.prev = Hyper(**{name: getattr(hyper, f"{name}_prev") for name in rule.direction_columns})
+    hyper.restores, hyper.predicts = bool(hyper.shift_prev), bool(hyper.shift)
+    hyper.predicts_one_step = hyper.shift.item() == hyper.step_size.item()
+    hyper.ascends, hyper.penalizes = hyper.grad_sign.item() < 0, bool(hyper.weight_decay)
+    hyper.decays = hyper.decay_factor.item() != 1
     return hyper
 
 
@@ -46,33 +81,47 @@ class _Scratch:
 
     def __init__(self, device: torch.device, compute_dtype: torch.dtype) -> None:
         self._device = device
-        self._buffers: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._views: dict[str, Tensor] = {}
+        self._shape: torch.Size | None = None
         self.compute_dtype = compute_dtype
 
-    def like(self, name: str, block: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised memory of the block's shape, of the compute type unless told."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < block.numel():
-            buffer = torch.empty(block.numel(), dtype=dtype or self.compute_dtype, device=self._device)
-            self._buffers[name] = buffer
-        return buffer[: block.numel()].view(block.shape)
+    def fit(self, shape: torch.Size) -> None:
+        """Hand out memory of this shape from now on."""
+        if shape != self._shape:
+            self._shape = shape
+            self._views = {}
+
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of this name, of the compute type unless told; it holds what was last written there, or nothing."""
+        view = self._views.get(name)
+        if view is None:
+            assert self._shape is not None
+            numel = self._shape.numel()
+            memory = self._memory.get(name)
+            if memory is None or memory.numel() < numel:
+                memory = torch.empty(numel, dtype=dtype or self.compute_dtype, device=self._device)
+                self._memory[name] = memory
+            view = self._views[name] = memory[:numel].view(self._shape)
+        return view
 
     def load(self, name: str, block: Tensor) -> Tensor:
         """The block in the compute type: itself, or a copy."""
-        return block if block.dtype == self.compute_dtype else self.like(name, block).copy_(block)
+        return block if block.dtype == self.compute_dtype else self.get(name).copy_(block)
 
     def round(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Round x in place to what `dtype` can hold."""
-        return x if dtype == self.compute_dtype else x.copy_(self.like("rounded", x, dtype).copy_(x))
+        return x if dtype == self.compute_dtype else x.copy_(self.get("rounded", dtype).copy_(x))
 
 
 def _run_block(rule: Rule, block: dict[str, Tensor], hyper: Hyper, scratch: _Scratch) -> None:
+    scratch.fit(block["param"].shape)
     state = {key: scratch.load(key, block[key]) for key in (*rule.state_keys, "max_exp_avg_sq") if key in block}
     theta = _restore(rule, block, state, hyper, scratch)
     delta = None
     if "grad" in block:
         delta = _update(rule, block, state, theta, hyper, scratch)
-    elif hyper.shift:
+    elif hyper.predicts:
         delta = _direction(rule, state, hyper, scratch)
     _predict(block, theta, delta, hyper, scratch)
 
@@ -81,7 +130,7 @@ def _direction(rule: Rule, state: dict[str, Tensor], hyper: Hyper, scratch: _Scr
     """delta of the stored state; amsgrad's running maximum stands in for the second moment."""
     if "max_exp_avg_sq" in state:
         state = {**state, "exp_avg_sq": state["max_exp_avg_sq"]}
-    return rule.direction(state, hyper, scratch.like("delta", state[rule.state_keys[0]]))
+    return rule.direction(state, hyper, scratch.get("delta"))
 
 
 def _restore(
@@ -91,16 +140,16 @@ def _restore(
     param, master = block["param"], block.get("master_weights")
     theta = scratch.load("theta", param)
     displacement = None
-    if hyper.shift_prev:
+    if hyper.restores:
         delta = _direction(rule, state, hyper.prev, scratch)
-        displacement = torch.mul(delta, hyper.shift_prev, out=scratch.like("displacement", delta))
+        displacement = torch.mul(delta, hyper.shift_prev, out=scratch.get("displacement"))
     if master is None:
         if displacement is not None:
             scratch.round(theta.add_(scratch.round(displacement, param.dtype)), param.dtype)
         return theta
     # The master stands where the parameter still holds what it made of it; a foreign write there counts.
-    expected = scratch.like("expected", master).copy_(master)
-    edited = scratch.like("edited", master).copy_(theta)
+    expected = scratch.get("expected").copy_(master)
+    edited = scratch.get("edited").copy_(theta)
     if displacement is not None:
         expected.sub_(displacement)
         edited.add_(displacement)
@@ -113,14 +162,14 @@ def _update(
 ) -> Tensor:
     """Weight decay, the rule's own step, theta <- R(theta - step_size * delta). Returns delta."""
     grad = scratch.load("grad", block["grad"])
-    if hyper.grad_sign != 1:
-        grad = torch.mul(grad, hyper.grad_sign, out=scratch.like("grad", grad))
-    if hyper.weight_decay != 0:
-        penalty = torch.mul(theta, hyper.weight_decay, out=scratch.like("delta", theta))
-        grad = torch.add(grad, penalty, out=scratch.like("grad", grad))
-    if hyper.decay_factor != 1:
+    if hyper.ascends:
+        grad = torch.mul(grad, hyper.grad_sign, out=scratch.get("grad"))
+    if hyper.penalizes:
+        penalty = torch.mul(theta, hyper.weight_decay, out=scratch.get("delta"))
+        grad = torch.add(grad, penalty, out=scratch.get("grad"))
+    if hyper.decays:
         theta.mul_(hyper.decay_factor)
-    rule.accumulate(grad, state, hyper, scratch.like("delta", grad))
+    rule.accumulate(grad, state, hyper, scratch.get("delta"))
     if "max_exp_avg_sq" in state:
         torch.maximum(state["max_exp_avg_sq"], state["exp_avg_sq"], out=state["max_exp_avg_sq"])
     for key, values in state.items():
@@ -128,7 +177,7 @@ def _update(
             # The direction is of the state as stored, so that it can be computed again.
             values.copy_(block[key].copy_(values))
     delta = _direction(rule, state, hyper, scratch)
-    theta.sub_(torch.mul(delta, hyper.step_size, out=scratch.like("displacement", delta)))
+    theta.sub_(torch.mul(delta, hyper.step_size, out=scratch.get("displacement")))
     if "master_weights" not in block:
         scratch.round(theta, block["param"].dtype)
     return delta
@@ -138,10 +187,12 @@ def _predict(block: dict[str, Tensor], theta: Tensor, delta: Tensor | None, hype
     """Store theta_hat = R(theta - d), from the theta next to it that survives the round trip."""
     param = block["param"]
     theta_hat = theta
-    if delta is not None and hyper.shift:
-        displacement = torch.mul(delta, hyper.shift, out=scratch.like("displacement", delta))
+    if delta is not None and hyper.predicts:
+        displacement = scratch.get("displacement")
+        if not hyper.predicts_one_step:  # else it still holds the update, which is the same number
+            torch.mul(delta, hyper.shift, out=displacement)
         if "master_weights" in block:
-            theta_hat = torch.sub(theta, displacement, out=scratch.like("theta_hat", theta))
+            theta_hat = torch.sub(theta, displacement, out=scratch.get("theta_hat"))
         else:
             scratch.round(displacement, param.dtype)
             for move in (theta.sub_, theta.add_, theta.sub_):

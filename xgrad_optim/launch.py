@@ -43,7 +43,8 @@ class Launch:
     def __init__(self, rule: Rule, entries: list[Entry], scalars: Scalars) -> None:
         self.rule = rule
         self.params = [entry.param for entry in entries]
-        self.grads = None if entries[0].grad is None else [entry.grad for entry in entries]
+        grads = [entry.grad for entry in entries if entry.grad is not None]
+        self.grads: list[Tensor] | None = grads or None
         self.state = {
             key: [entry.state[key] for entry in entries]
             for key in (*rule.state_keys, "max_exp_avg_sq", "master_weights")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy
 import torch
@@ -52,6 +52,10 @@ ADAM_ARGS_DOC = """
 
 DECOUPLED_DOC = """\
         decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
+
+
+Active = list[tuple[Tensor, Options]]
+"""The parameters that have a gradient, with their param groups."""
 
 
 class _Cache:
@@ -194,9 +198,13 @@ class XGradOptimizer(Optimizer):
     def _swap(self, to_predicted: bool) -> None:
         tracked = self._tracked()
         scalars = self._bind([state for _, state, _ in tracked])
-        columns = numpy.flatnonzero(scalars.table[PREDICTED] != to_predicted)
+        columns = numpy.flatnonzero(scalars.table[PREDICTED] != to_predicted).tolist()
         # A shift of 0 leaves nothing to move, not even the version counter.
-        entries = [Entry(*tracked[column], column, None) for column in columns if scalars.table[SHIFT, column] != 0]
+        entries = [
+            Entry(param, state, options, column, None)
+            for column, (param, state, options) in ((column, tracked[column]) for column in columns)
+            if scalars.table[SHIFT, column] != 0
+        ]
         launches = build_launches(self.rule, entries, scalars)
         for launch in launches:
             launch.refresh()
@@ -207,7 +215,7 @@ class XGradOptimizer(Optimizer):
     # -- the step ------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restore theta, update it with the gradients, and leave theta_hat in the parameters.
 
         In evaluation mode the update starts from the theta that is there. Parameters without a gradient keep theta
@@ -232,15 +240,16 @@ class XGradOptimizer(Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         cache = self._cache
-        active = [(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        active: Active = []
         for group in self.param_groups:
             check_numbers(group)
-        for param, group in active:
-            _check_gradient(type(self).__name__, param, group)
+            active.extend((param, group) for param in group["params"] if param.grad is not None)
+        for param, options in active:
+            _check_gradient(type(self).__name__, param, options)
         if not cache.holds(*self._built_from(active)):
             self._rebuild(active)
         for launch in cache.launches:
-            launch.grads = [param.grad for param in launch.params]
+            launch.grads = [cast(Tensor, param.grad) for param in launch.params]
             launch.refresh()
         for launch in cache.launches:
             launch.run()
@@ -248,7 +257,7 @@ class XGradOptimizer(Optimizer):
         if cache.scalars is not None and not cache.scalars.table[PREDICTED].all():
             self._swap(to_predicted=True)
 
-    def _built_from(self, active: list[tuple[Tensor, Options]]) -> tuple[list[object], list[object]]:
+    def _built_from(self, active: Active) -> tuple[list[object], list[object]]:
         """What the launches of these parameters depend on: objects, and options."""
         states = (self.state.get(param, {}) for param, _ in active)
         sources = [*self.param_groups, *(param for param, _ in active)]
@@ -256,7 +265,7 @@ class XGradOptimizer(Optimizer):
         switches = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
         return sources, [group.get(name) for group in self.param_groups for name in switches]
 
-    def _rebuild(self, active: list[tuple[Tensor, Options]]) -> None:
+    def _rebuild(self, active: Active) -> None:
         """Create the missing state and divide the step into launches."""
         self._conform_state(active)
         created = {
@@ -274,7 +283,7 @@ class XGradOptimizer(Optimizer):
         self._cache.sources, self._cache.switches = self._built_from(active)
         self._cache.builds += 1
 
-    def _conform_state(self, active: list[tuple[Tensor, Options]]) -> None:
+    def _conform_state(self, active: Active) -> None:
         """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
         for param, group in active:
             state = self.state.get(param, {})

@@ -26,7 +26,7 @@ def _number(name: str, value: object) -> float:
 def _at_least_zero(title: str) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         number = _number(name, value)
-        if not (0.0 <= number and math.isfinite(number)):
+        if not (number >= 0.0 and math.isfinite(number)):
             raise ValueError(f"Invalid {title}: {number} ({name} must be finite and >= 0)")
 
     return check

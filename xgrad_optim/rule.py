@@ -14,7 +14,7 @@ Blocks = Mapping[str, Tensor]
 """State buffers by name, in the compute type: one block of one tensor each."""
 
 Hyper = SimpleNamespace
-"""One row of coefficients by column name, rounded to the compute type."""
+"""One row of coefficients by column name: 0-dim tensors of the compute type, which torch takes faster than numbers."""
 
 STEP_COLUMNS = ("grad_sign", "weight_decay", "decay_factor", "step_size", "shift", "shift_prev")
 """Coefficients that every rule has; `weight_decay` is the L2 penalty, `decay_factor` the decoupled decay."""

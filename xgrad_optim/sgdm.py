@@ -21,10 +21,10 @@ def coefficients(options: Options, step: float) -> dict[str, float]:
 def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> None:
     """momentum_buffer <- momentum * momentum_buffer + (1 - dampening) * grad"""
     momentum_buffer = state["momentum_buffer"]
-    if hyper.momentum == 0:
+    if not hyper.momentum:
         momentum_buffer.copy_(grad)
         return
-    if hyper.one_minus_dampening != 1:
+    if hyper.one_minus_dampening.item() != 1:
         grad = torch.mul(grad, hyper.one_minus_dampening, out=scratch)
     momentum_buffer.mul_(hyper.momentum).add_(grad)
 

@@ -1,0 +1,30 @@
+# Every target makes its own virtual environment; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+# A release that pip finds as a CPU build where one is offered; TORCH=torch takes the index's newest.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+.venv/.ready: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/python benchmarks/convergence.py
+
+test: .venv/.ready lint
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The GPU kernels, installed as xgrad_optim.kernels."""

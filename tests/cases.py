@@ -1,0 +1,82 @@
+"""The optimizers and the configurations that every test of behaviour runs over."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from reference import Reference
+
+from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
+from xgrad_optim.optimizer import XGradOptimizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer in one configuration, with what to compare it to."""
+
+    optimizer: type[XGradOptimizer]
+    rule: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        text = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.optimizer.__name__}({text})"
+
+    def make(self, params, **more: Any) -> XGradOptimizer:
+        return self.optimizer(params, **{**self.options, **more})
+
+    def reference(self, thetas, **more: Any) -> Reference:
+        """The literal optimizer with the same options, the class's defaults included."""
+        group = self.make([torch.zeros(1)], **more).param_groups[0]
+        return Reference(self.rule, thetas, dict(group), group.get("decoupled_weight_decay", False))
+
+
+_FAMILY = {
+    (XSGDM, "sgdm"): ({}, {"momentum": 0}, {"dampening": 0.3, "weight_decay": 0.1}, {"maximize": True}),
+    (XAdam, "adam"): ({}, {"weight_decay": 0.1}, {"amsgrad": True, "betas": (0.8, 0.95)}, {"maximize": True}),
+    (XAdamW, "adam"): ({}, {"weight_decay": 0.1, "lr": 0.01}, {"amsgrad": True, "eps": 1e-4}, {"maximize": True}),
+    (XAdaBelief, "adabelief"): (
+        {},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": False, "amsgrad": True},
+        {"maximize": True, "eps": 1e-8},
+    ),
+    (XAdaM3, "adam3"): (
+        {},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": False, "amsgrad": True},
+        {"maximize": True, "eps": 1e-8},
+    ),
+}
+
+CASES = [Case(*family, options) for family, configurations in _FAMILY.items() for options in configurations]
+PLAIN = [Case(*family) for family in _FAMILY]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_optimizer = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
+
+
+def small_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).to(dtype)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return model
+
+
+def loss_of(model: torch.nn.Module, step: int) -> torch.Tensor:
+    """A loss that depends on the weights and on the step's own batch."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(16, 5, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randn(16, 3, generator=generator, dtype=torch.float64).to(dtype)
+    return ((model(x) - y) ** 2).mean()
+
+
+def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    optimizer.zero_grad()
+    loss_of(model, step).backward()
+    optimizer.step()

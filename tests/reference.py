@@ -1,0 +1,127 @@
+"""Algorithm 1 of the XGrad paper, literally, one parameter at a time; it imports nothing of xgrad_optim.
+
+Numpy rounds each operation once, to the arrays' dtype, so in float32 the order of operations below is the numeric
+contract's. `Reference` keeps theta beside the model, as the paper does: copy the weights, predict, run forward and
+backward, copy back, update.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+
+
+class Reference:
+    """One optimizer of the family over a list of arrays.
+
+    `name` is one of sgdm, adam, adabelief, adam3; `options` are the constructor's; the dtype of the arrays is the
+    compute type. `store` rounds to a parameter dtype that is narrower (the identity where it is not).
+    """
+
+    def __init__(self, name: str, thetas: list[Array], options: dict, decoupled: bool) -> None:
+        self.name, self.options, self.decoupled = name, options, decoupled
+        self.thetas = [np.array(theta) for theta in thetas]
+        self.states: list[dict[str, Array]] = [{} for _ in thetas]
+        self.steps = [0 for _ in thetas]
+        self.deltas: list[Array] = [np.zeros_like(theta) for theta in self.thetas]
+        self.step_sizes = [0.0 for _ in thetas]
+
+    def predicted(self) -> list[Array]:
+        """theta_hat = theta - s * step_size * delta, with the last update's step_size and delta."""
+        return [
+            theta - theta.dtype.type(self.options["prediction_steps"] * step_size) * delta
+            if self.options["prediction_steps"] * step_size
+            else theta.copy()
+            for theta, delta, step_size in zip(self.thetas, self.deltas, self.step_sizes, strict=True)
+        ]
+
+    def update(self, grads: list[Array | None]) -> None:
+        """The base optimizer's update of theta with gradients that were taken at theta_hat."""
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                self._update_one(index, grad)
+
+    def _update_one(self, index: int, grad: Array) -> None:
+        options, theta = self.options, self.thetas[index]
+        real = theta.dtype.type
+        self.steps[index] += 1
+        if options.get("maximize"):
+            grad = -grad
+        if options["weight_decay"] and not self.decoupled:
+            grad = grad + real(options["weight_decay"]) * theta
+        if self.decoupled:
+            theta = theta * real(1 - options["lr"] * options["weight_decay"])
+        rule: Callable = getattr(self, f"_{self.name}")
+        delta, step_size = rule(self.states[index], grad, self.steps[index], real)
+        self.deltas[index], self.step_sizes[index] = delta, step_size
+        self.thetas[index] = theta - real(step_size) * delta
+
+    def _sgdm(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
+        options = self.options
+        if step == 1 or options["momentum"] == 0:
+            state["momentum_buffer"] = grad
+        else:
+            old = state["momentum_buffer"]
+            state["momentum_buffer"] = real(options["momentum"]) * old + real(1 - options["dampening"]) * grad
+        return state["momentum_buffer"], options["lr"]
+
+    def _moments(self, state: dict[str, Array], grad: Array, real: type) -> tuple[Array, Array]:
+        m = state.get("exp_avg", np.zeros_like(grad))
+        v = state.get("exp_avg_sq", np.zeros_like(grad))
+        beta1 = self.options["betas"][0]
+        return m + real(1 - beta1) * (grad - m), v
+
+    def _second(self, state: dict[str, Array], v: Array) -> Array:
+        """What stands under the root: v, or amsgrad's running maximum of it."""
+        if not self.options["amsgrad"]:
+            return v
+        state["max_exp_avg_sq"] = np.maximum(state.get("max_exp_avg_sq", np.zeros_like(v)), v)
+        return state["max_exp_avg_sq"]
+
+    def _finish(self, step: int, real: type) -> tuple[Array, float]:
+        beta1, beta2 = self.options["betas"]
+        return real(1 / math.sqrt(1 - beta2**step)), self.options["lr"] / (1 - beta1**step)
+
+    def _adam(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
+        beta2, eps = self.options["betas"][1], self.options["eps"]
+        m, v = self._moments(state, grad, real)
+        v = real(beta2) * v + real(1 - beta2) * (grad * grad)
+        state["exp_avg"], state["exp_avg_sq"] = m, v
+        r, step_size = self._finish(step, real)
+        return m / (np.sqrt(self._second(state, v)) * r + real(eps)), step_size
+
+    def _adabelief(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
+        beta2, eps = self.options["betas"][1], self.options["eps"]
+        m, v = self._moments(state, grad, real)
+        surprise = grad - m
+        v = real(beta2) * v + real(1 - beta2) * (surprise * surprise) + real(eps)
+        state["exp_avg"], state["exp_avg_sq"] = m, v
+        r, step_size = self._finish(step, real)
+        return m / (np.sqrt(self._second(state, v)) * r + real(eps)), step_size
+
+    def _adam3(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
+        beta2, eps = self.options["betas"][1], self.options["eps"]
+        m, v = self._moments(state, grad, real)
+        v = real(beta2) * v + real(1 - beta2) * (m * m) + real(eps)
+        state["exp_avg"], state["exp_avg_sq"] = m, v
+        r, step_size = self._finish(step, real)
+        return m / (np.sqrt(self._second(state, v)) * r), step_size
+
+
+def algorithm_1(
+    reference: Reference, model: torch.nn.Module, loss: Callable[[torch.nn.Module, int], torch.Tensor], step: int
+) -> None:
+    """One step of Algorithm 1: the model visits theta_hat for forward and backward and comes back with theta."""
+    params = list(model.parameters())
+    with torch.no_grad():
+        for param, theta_hat in zip(params, reference.predicted(), strict=True):
+            param.copy_(torch.from_numpy(theta_hat))
+    model.zero_grad()
+    loss(model, step).backward()
+    reference.update([None if p.grad is None else p.grad.numpy().copy() for p in params])
+    with torch.no_grad():
+        for param, theta in zip(params, reference.thetas, strict=True):
+            param.copy_(torch.from_numpy(theta))

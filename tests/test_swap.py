@@ -1,0 +1,156 @@
+"""Going from theta_hat to theta and back changes no bit of training, however often and wherever.
+
+The swap recomputes what it added, so any operation that is rounded differently the second time, a coefficient taken
+from today's learning rate, or a state that is not the stored one, moves weights a little with every evaluation.
+"""
+
+import copy
+import io
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cases import Case, every_optimizer, small_model, train_step
+from hypothesis import given, settings
+
+from xgrad_optim import XAdamW
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+with_and_without_master = pytest.mark.parametrize("master_weights", [False, True], ids=["", "master"])
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes: equal only where every bit is, signs of zero and NaN included."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def assert_same_bits(ours, theirs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
+def random_values(shape, dtype, seed: int, scale: float) -> torch.Tensor:
+    """Normal numbers of widely different sizes, with some zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    values *= scale * 10.0 ** torch.randint(-3, 3, shape, generator=generator)
+    values[torch.rand(shape, generator=generator) < 0.05] = 0.0
+    return values.to(dtype)
+
+
+programs = st.lists(st.sampled_from(["step", "eval", "train", "skip", "lr"]), min_size=4, max_size=24)
+
+
+def run_program(case: Case, dtype, program, swapping: bool, master_weights: bool, scale: float, seed: int):
+    """Run the steps of a program; the swaps in it only where asked, with lr and betas changing between steps."""
+    shapes = [(3, 5), (7,), ()]
+    params = [
+        torch.nn.Parameter(random_values(shape, dtype, seed + index, 1.0)) for index, shape in enumerate(shapes)
+    ]
+    optimizer = case.make(params, lr=0.01, master_weights=master_weights)
+    for position, command in enumerate(program):
+        if command in ("step", "skip"):
+            optimizer.train()
+            for index, param in enumerate(params):
+                missing = command == "skip" and index == 1
+                param.grad = None if missing else random_values(param.shape, dtype, 31 * position + index, scale)
+            optimizer.step()
+        elif command == "lr":
+            optimizer.param_groups[0]["lr"] *= 0.7
+            optimizer.param_groups[0]["prediction_steps"] += 0.25
+        elif swapping:
+            (optimizer.eval if command == "eval" else optimizer.train)()
+    optimizer.train()
+    return params, optimizer
+
+
+@every_optimizer
+@every_dtype
+@with_and_without_master
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(program=programs, scale=st.sampled_from([1e-3, 1.0, 30.0]), seed=st.integers(0, 2**31))
+def test_swaps_change_no_bit_of_training(case, dtype, master_weights, program, scale, seed):
+    swapped, swapping = run_program(case, dtype, program, True, master_weights, scale, seed)
+    plain, not_swapping = run_program(case, dtype, program, False, master_weights, scale, seed)
+    assert_same_bits(swapped, plain)
+    for ours, theirs in zip(swapped, plain, strict=True):
+        for key, value in not_swapping.state[theirs].items():
+            assert_same_bits([swapping.state[ours][key]], [value])
+
+
+@every_optimizer
+@every_dtype
+@with_and_without_master
+def test_a_hundred_round_trips_hold_the_same_two_weights(case, dtype, master_weights):
+    param = torch.nn.Parameter(random_values((2000,), dtype, 5, 1.0))
+    optimizer = case.make([param], lr=0.03, master_weights=master_weights)
+    for step in range(3):
+        param.grad = random_values((2000,), dtype, 50 + step, 1.0)
+        optimizer.step()
+    theta_hat = param.detach().clone()
+    optimizer.eval()
+    theta = param.detach().clone()
+    assert not torch.equal(bits(theta), bits(theta_hat))
+    for _ in range(100):
+        optimizer.train()
+        assert_same_bits([param], [theta_hat])
+        optimizer.eval()
+        assert_same_bits([param], [theta])
+
+
+@every_optimizer
+@with_and_without_master
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_saved_run_goes_on_bit_for_bit(case, dtype, master_weights, mode):
+    model = small_model(dtype)
+    optimizer = case.make(model.parameters(), master_weights=master_weights)
+    for step in range(5):
+        train_step(model, optimizer, step)
+    getattr(optimizer, mode)()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = small_model(dtype, seed=99)
+    resumed_optimizer = case.make(resumed.parameters(), lr=0.5)
+    resumed.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    assert resumed_optimizer.predicted == (mode == "train")
+    for the_model, the_optimizer in ((model, optimizer), (resumed, resumed_optimizer)):
+        the_optimizer.train()
+        for step in range(5, 10):
+            train_step(the_model, the_optimizer, step)
+    assert_same_bits(model.parameters(), resumed.parameters())
+
+
+def test_modes_are_idempotent_and_write_only_when_they_change_something():
+    model = small_model(torch.float32)
+    optimizer = XAdamW(model.parameters())
+    train_step(model, optimizer, 0)
+    versions = [param._version for param in model.parameters()]
+    optimizer.train()
+    optimizer.train()
+    assert optimizer.predicted and versions == [param._version for param in model.parameters()]
+    optimizer.eval()
+    versions = [param._version for param in model.parameters()]
+    optimizer.eval()
+    optimizer.train(False)
+    assert not optimizer.predicted and versions == [param._version for param in model.parameters()]
+
+
+@every_optimizer
+def test_true_weights_restores_the_mode_that_it_found(case):
+    model = small_model()
+    optimizer = case.make(model.parameters())
+    train_step(model, optimizer, 0)
+    for mode in (True, False):
+        optimizer.train(mode)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(KeyError), optimizer.true_weights():
+            assert not optimizer.predicted
+            raise KeyError
+        assert optimizer.predicted == mode
+        assert_same_bits(model.state_dict().values(), before.values())
