@@ -27,10 +27,11 @@ class Case:
     def make(self, params, **more: Any) -> XGradOptimizer:
         return self.optimizer(params, **{**self.options, **more})
 
-    def reference(self, thetas, **more: Any) -> Reference:
+    def reference(self, thetas, rounding: dict[str, Any] | None = None, **more: Any) -> Reference:
         """The literal optimizer with the same options, the class's defaults included."""
         group = self.make([torch.zeros(1)], **more).param_groups[0]
-        return Reference(self.rule, thetas, dict(group), group.get("decoupled_weight_decay", False))
+        decoupled = group.get("decoupled_weight_decay", False)
+        return Reference(self.rule, thetas, dict(group), decoupled, **(rounding or {}))
 
 
 _FAMILY = {

@@ -18,10 +18,21 @@ class Reference:
     """One optimizer of the family over a list of arrays.
 
     `name` is one of sgdm, adam, adabelief, adam3; `options` are the constructor's; the dtype of the arrays is the
-    compute type. `store` rounds to a parameter dtype that is narrower (the identity where it is not).
+    compute type. What it computes beyond the paper is the numeric contract's rounding to narrower types: `store`
+    rounds to the state's dtype, `write` to the parameter's, and without `master_weights` theta is rounded so that it
+    survives the way to theta_hat and back.
     """
 
-    def __init__(self, name: str, thetas: list[Array], options: dict, decoupled: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        thetas: list[Array],
+        options: dict,
+        decoupled: bool,
+        store: Callable[[Array], Array] = lambda values: values,
+        write: Callable[[Array], Array] = lambda values: values,
+    ) -> None:
+        self.store, self.write = store, write
         self.name, self.options, self.decoupled = name, options, decoupled
         self.thetas = [np.array(theta) for theta in thetas]
         self.states: list[dict[str, Array]] = [{} for _ in thetas]
@@ -29,14 +40,20 @@ class Reference:
         self.deltas: list[Array] = [np.zeros_like(theta) for theta in self.thetas]
         self.step_sizes = [0.0 for _ in thetas]
 
+    def _displacement(self, index: int) -> Array | None:
+        """d = s * step_size * delta, of the last update."""
+        theta, shift = self.thetas[index], self.options["prediction_steps"] * self.step_sizes[index]
+        return theta.dtype.type(shift) * self.deltas[index] if shift else None
+
     def predicted(self) -> list[Array]:
         """theta_hat = theta - s * step_size * delta, with the last update's step_size and delta."""
-        return [
-            theta - theta.dtype.type(self.options["prediction_steps"] * step_size) * delta
-            if self.options["prediction_steps"] * step_size
-            else theta.copy()
-            for theta, delta, step_size in zip(self.thetas, self.deltas, self.step_sizes, strict=True)
-        ]
+        predicted = []
+        for index, theta in enumerate(self.thetas):
+            displacement = self._displacement(index)
+            if displacement is not None and not self.options["master_weights"]:
+                displacement = self.write(displacement)
+            predicted.append(self.write(theta if displacement is None else theta - displacement))
+        return predicted
 
     def update(self, grads: list[Array | None]) -> None:
         """The base optimizer's update of theta with gradients that were taken at theta_hat."""
@@ -58,14 +75,26 @@ class Reference:
         delta, step_size = rule(self.states[index], grad, self.steps[index], real)
         self.deltas[index], self.step_sizes[index] = delta, step_size
         self.thetas[index] = theta - real(step_size) * delta
+        if not self.options["master_weights"]:
+            self._settle(index)
+
+    def _settle(self, index: int) -> None:
+        """Round theta to the parameter's dtype and to where theta - d + d is theta (design.md, section 4)."""
+        theta = self.write(self.thetas[index])
+        displacement = self._displacement(index)
+        if displacement is not None:
+            displacement = self.write(displacement)
+            theta = self.write(self.write(theta - displacement) + displacement)
+        self.thetas[index] = theta
 
     def _sgdm(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
         options = self.options
         if step == 1 or options["momentum"] == 0:
-            state["momentum_buffer"] = grad
+            state["momentum_buffer"] = self.store(grad)
         else:
             old = state["momentum_buffer"]
-            state["momentum_buffer"] = real(options["momentum"]) * old + real(1 - options["dampening"]) * grad
+            new = real(options["momentum"]) * old + real(1 - options["dampening"]) * grad
+            state["momentum_buffer"] = self.store(new)
         return state["momentum_buffer"], options["lr"]
 
     def _moments(self, state: dict[str, Array], grad: Array, real: type) -> tuple[Array, Array]:
@@ -89,7 +118,7 @@ class Reference:
         beta2, eps = self.options["betas"][1], self.options["eps"]
         m, v = self._moments(state, grad, real)
         v = real(beta2) * v + real(1 - beta2) * (grad * grad)
-        state["exp_avg"], state["exp_avg_sq"] = m, v
+        m, v = state["exp_avg"], state["exp_avg_sq"] = self.store(m), self.store(v)
         r, step_size = self._finish(step, real)
         return m / (np.sqrt(self._second(state, v)) * r + real(eps)), step_size
 
@@ -98,7 +127,7 @@ class Reference:
         m, v = self._moments(state, grad, real)
         surprise = grad - m
         v = real(beta2) * v + real(1 - beta2) * (surprise * surprise) + real(eps)
-        state["exp_avg"], state["exp_avg_sq"] = m, v
+        m, v = state["exp_avg"], state["exp_avg_sq"] = self.store(m), self.store(v)
         r, step_size = self._finish(step, real)
         return m / (np.sqrt(self._second(state, v)) * r + real(eps)), step_size
 
@@ -106,7 +135,7 @@ class Reference:
         beta2, eps = self.options["betas"][1], self.options["eps"]
         m, v = self._moments(state, grad, real)
         v = real(beta2) * v + real(1 - beta2) * (m * m) + real(eps)
-        state["exp_avg"], state["exp_avg_sq"] = m, v
+        m, v = state["exp_avg"], state["exp_avg_sq"] = self.store(m), self.store(v)
         r, step_size = self._finish(step, real)
         return m / (np.sqrt(self._second(state, v)) * r), step_size
 

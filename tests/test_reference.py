@@ -47,7 +47,7 @@ def test_follows_algorithm_1_bit_for_bit_with_master_weights(case, prediction_st
 def test_stays_within_two_ulp_a_step_without_master_weights(case):
     """Each step starts the reference from our own theta, theta_hat and state: one step's rounding is compared."""
     model, other = small_model(torch.float32), small_model(torch.float32)
-    reference = case.reference(numpy_params(other))
+    reference = case.reference(numpy_params(other), master_weights=True)
     literal_prediction = reference.predicted
     optimizer = case.make(model.parameters())
     for step in range(STEPS):
@@ -71,7 +71,7 @@ def test_stays_within_two_ulp_a_step_without_master_weights(case):
 @every_case
 def test_follows_algorithm_1_in_float64(case):
     model, other = small_model(), small_model()
-    reference = case.reference(numpy_params(other))
+    reference = case.reference(numpy_params(other), master_weights=True)
     optimizer = case.make(model.parameters())
     for step in range(STEPS):
         train_step(model, optimizer, step)

@@ -760,7 +760,7 @@ def _step_of_all_but_one(optimizer, params):
 def _double_the_buffers(optimizer, params):
     for param, state in optimizer.state.items():
         for key, value in state.items():
-            if value.shape == param.shape and "exp_avg" in key or "buffer" in key:
+            if (value.shape == param.shape and "exp_avg" in key) or "buffer" in key:
                 value.mul_(2)
 
 

@@ -1,0 +1,324 @@
+"""What weight prediction costs: a step of each optimizer beside torch.optim's, interleaved in one process.
+
+Every contender has parameters and state of its own, takes one step per round, and the rounds alternate, so that a
+machine that slows down slows all of them. Printed are medians, the 20 % and 80 % quantiles, the ratio of medians to
+the peer named in the table, and the rate at which the bytes that must move were moved.
+
+    python benchmarks/overhead.py                        every section, GPT-2 small
+    python benchmarks/overhead.py step --workload tiny   one section, a small model
+    python benchmarks/overhead.py --json out.json        the numbers as JSON lines too
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import xgrad_optim
+from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW, available_backends
+
+Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+SECTIONS = ("step", "bf16", "small", "memory", "bandwidth")
+
+
+def gpt2_shapes(width: int, layers: int, vocabulary: int = 50257, context: int = 1024) -> list[tuple[int, ...]]:
+    """The parameter shapes of GPT-2: 148 tensors, 124 million elements, at width 768 and 12 layers."""
+    norm = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(vocabulary, width), (context, width), *(norm + attention + norm + mlp) * layers, *norm]
+
+
+WORKLOADS = {
+    "gpt2-small": gpt2_shapes(768, 12),
+    "tiny": gpt2_shapes(128, 2, vocabulary=5000, context=256),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer in one configuration; `peer` names the contender that it is compared with."""
+
+    name: str
+    make: Make
+    bytes_per_element: int
+    peer: str | None = None
+
+
+def adam_contenders() -> list[Contender]:
+    contenders = [
+        Contender("AdamW foreach", lambda params: torch.optim.AdamW(params, foreach=True), 28),
+        Contender("AdamW fused", lambda params: torch.optim.AdamW(params, fused=True), 28),
+    ]
+    for backend, peer in our_backends().items():
+        for cls, steps in ((XAdamW, 1), (XAdamW, 0), (XAdaBelief, 1), (XAdaM3, 1)):
+            make: Make = lambda params, cls=cls, steps=steps, backend=backend: cls(  # noqa: E731
+                params, prediction_steps=steps, backend=backend
+            )
+            contenders.append(Contender(f"{cls.__name__} {backend} s={steps}", make, 28, f"AdamW {peer}"))
+    return contenders
+
+
+def sgd_contenders() -> list[Contender]:
+    def base(**how: bool) -> Make:
+        return lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, **how)
+
+    contenders = [
+        Contender("SGD foreach", base(foreach=True), 20),
+        Contender("SGD fused", base(fused=True), 20),
+    ]
+    for backend, peer in our_backends().items():
+        for steps in (1, 0):
+            make: Make = lambda params, steps=steps, backend=backend: XSGDM(  # noqa: E731
+                params, prediction_steps=steps, backend=backend
+            )
+            contenders.append(Contender(f"XSGDM {backend} s={steps}", make, 20, f"SGD {peer}"))
+    return contenders
+
+
+def our_backends() -> dict[str, str]:
+    """The back ends that can run CPU tensors here, with the kind of torch.optim that each is measured against."""
+    reasons = available_backends()
+    return {name: peer for name, peer in (("cpu", "fused"), ("torch", "foreach")) if reasons[name] is None}
+
+
+def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Parameters with gradients, both random and never zero."""
+    params = [torch.randn(shape).mul_(0.02).to(dtype).requires_grad_() for shape in shapes]
+    for param in params:
+        param.grad = torch.randn(param.shape).mul_(0.01).to(dtype)
+    return params
+
+
+def interleave(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the order turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for index in range(warmup + rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+class Report:
+    """Prints tables and keeps the numbers for the JSON."""
+
+    def __init__(self) -> None:
+        self.console = Console(width=None if sys.stdout.isatty() else 120)
+        self.rows: list[dict[str, object]] = []
+
+    def table(self, title: str, columns: list[str], rows: list[list[object]]) -> None:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+            self.rows.append({"table": title, **dict(zip(columns, row, strict=True))})
+        self.console.print(table)
+
+    def save(self, path: Path) -> None:
+        header = {
+            "xgrad_optim": xgrad_optim.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": cpu_name(),
+            "threads": torch.get_num_threads(),
+        }
+        partial = path.with_name(path.name + ".part")
+        partial.write_text("".join(json.dumps({**header, **row}) + "\n" for row in self.rows), encoding="utf-8")
+        partial.replace(path)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def compare(report: Report, title: str, contenders: list[Contender], make: Callable, rounds: int) -> None:
+    """Time a step of each contender on parameters of its own."""
+    steps, elements = {}, 0
+    for contender in contenders:
+        params = make()
+        elements = sum(param.numel() for param in params)
+        steps[contender.name] = contender.make(params).step
+    seconds = interleave(steps, rounds)
+    rows: list[list[object]] = []
+    for contender in contenders:
+        own = seconds[contender.name]
+        low, middle, high = (float(numpy.quantile(own, q)) * 1e3 for q in (0.2, 0.5, 0.8))
+        ratio: object = "" if contender.peer is None else middle / (statistics.median(seconds[contender.peer]) * 1e3)
+        rate = contender.bytes_per_element * elements / (middle * 1e-3) / 1e9
+        rows.append([contender.name, middle, low, high, ratio, contender.peer or "", rate])
+    report.table(title, ["optimizer", "ms", "20 %", "80 %", "ratio", "to", "GB/s"], rows)
+    for rule in ("XAdamW", "XSGDM"):
+        for backend in our_backends():
+            pair = [seconds.get(f"{rule} {backend} s={steps}") for steps in (1, 0)]
+            if all(pair):
+                print(f"{rule} {backend}: s=1 over s=0 {statistics.median(pair[0]) / statistics.median(pair[1]):.3f}")
+
+
+def section_step(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
+    compare(report, "a step, Adam family, float32", adam_contenders(), lambda: make_params(shapes), rounds)
+    compare(report, "a step, SGD with momentum, float32", sgd_contenders(), lambda: make_params(shapes), rounds)
+
+
+def section_bf16(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
+    """bfloat16 parameters and gradients with float32 master weights and state: 28 bytes per element as well."""
+    for backend in our_backends():
+        full, half = make_params(shapes), make_params(shapes, torch.bfloat16)
+        calls = {
+            "float32": XAdamW(full, backend=backend).step,
+            "bfloat16 + master": XAdamW(half, backend=backend, master_weights=True).step,
+        }
+        medians = {name: statistics.median(times) for name, times in interleave(calls, rounds).items()}
+        moved = {"float32": 28, "bfloat16 + master": 2 + 2 + 2 + 3 * 8}
+        rows = [
+            [name, moved[name], median * 1e3, median / medians["float32"]] for name, median in medians.items()
+        ]
+        report.table(f"XAdamW {backend}, mixed precision", ["parameters", "bytes/element", "ms", "ratio"], rows)
+
+
+def section_small(report: Report, rounds: int) -> None:
+    """Many tensors of 64 elements: what a step costs per tensor, as a line through four counts."""
+    counts = (10, 100, 1000, 10000)
+    makers: dict[str, Make] = {"AdamW fused": lambda params: torch.optim.AdamW(params, fused=True)}
+    for backend in our_backends():
+        makers[f"XAdamW {backend}"] = lambda params, backend=backend: XAdamW(params, backend=backend)
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for count in counts:
+        steps = {name: make(make_params([(64,)] * count)).step for name, make in makers.items()}
+        for name, seconds in interleave(steps, 5 * rounds).items():
+            times[name].append(statistics.median(seconds) * 1e6)
+    rows: list[list[object]] = []
+    for name, medians in times.items():
+        # Weighted by 1 / time: a least-squares line through equal relative errors.
+        slope, intercept = numpy.polyfit(counts, medians, 1, w=1 / numpy.array(medians))
+        rows.append([name, *medians, float(slope), float(intercept), medians[2] / times["AdamW fused"][2]])
+    columns = ["optimizer", *(f"us, {count}" for count in counts), "us/tensor", "us/step", "ratio at 1000"]
+    report.table("tensors of 64 elements", columns, rows)
+
+
+MEMORY_CASES: dict[str, Make] = {
+    "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
+    "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    **{
+        f"XAdamW {backend} s={steps}": lambda params, backend=backend, steps=steps: XAdamW(
+            params, backend=backend, prediction_steps=steps
+        )
+        for backend in ("cpu", "torch")
+        for steps in (1, 0)
+    },
+}
+
+
+def peak_resident() -> int:
+    """The highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands ru_maxrss down from the parent process, VmHWM is our own
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_bytes(name: str, shapes: list[tuple[int, ...]]) -> int:
+    """Peak resident memory of three steps of this optimizer over that of parameters and gradients alone."""
+    params = make_params(shapes)
+    before = peak_resident()
+    optimizer = MEMORY_CASES[name](params)
+    for _ in range(3):
+        optimizer.step()
+    if isinstance(optimizer, XAdam):
+        optimizer.eval()
+        optimizer.train()
+    return peak_resident() - before
+
+
+def section_memory(report: Report, workload: str) -> None:
+    """Each optimizer in a process of its own, where the peak of the resident memory is its own."""
+    elements = sum(numpy.prod(shape, dtype=int) for shape in WORKLOADS[workload])
+    rows: list[list[object]] = []
+    for name in MEMORY_CASES:
+        if name.startswith("XAdamW") and name.split()[1] not in our_backends():
+            continue
+        command = [sys.executable, __file__, "--peak-of", name, "--workload", workload]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        rows.append([name, peak / 2**20, peak / elements])
+    report.table("peak memory of state and step", ["optimizer", "MiB", "bytes/element"], rows)
+
+
+def section_bandwidth(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
+    """The rate of a step beside that of the simplest memory-bound operations, in one run."""
+    elements = sum(numpy.prod(shape, dtype=int) for shape in shapes)
+    x, y, z = (torch.randn(int(elements)) for _ in range(3))
+    calls: dict[str, Callable[[], object]] = {
+        "in-place multiply": lambda: x.mul_(0.999),
+        "triad": lambda: torch.add(x, y, alpha=0.5, out=z),
+    }
+    moved = {"in-place multiply": 8, "triad": 12}
+    for backend in our_backends():
+        calls[f"XAdamW {backend}"] = XAdamW(make_params(shapes), backend=backend).step
+        moved[f"XAdamW {backend}"] = 28
+    medians = {name: statistics.median(seconds) for name, seconds in interleave(calls, rounds).items()}
+    rates = {name: moved[name] * elements / median / 1e9 for name, median in medians.items()}
+    rows: list[list[object]] = [
+        [name, moved[name], rate, rate / rates["in-place multiply"]] for name, rate in rates.items()
+    ]
+    report.table("share of the memory bandwidth", ["operation", "bytes/element", "GB/s", "share"], rows)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)}; default all")
+    parser.add_argument("--workload", choices=WORKLOADS, default="gpt2-small")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender (default 9)")
+    parser.add_argument("--threads", type=int, default=None, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers there, one JSON object a line")
+    parser.add_argument("--peak-of", choices=MEMORY_CASES, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"unknown section {sorted(unknown)[0]!r} (choose from {', '.join(SECTIONS)})")
+    if options.rounds < 1 or (options.threads is not None and options.threads < 1):
+        parser.error("--rounds and --threads must be at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    shapes = WORKLOADS[options.workload]
+    if options.peak_of:
+        print(peak_bytes(options.peak_of, shapes))
+        return
+    report = Report()
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.workload}")
+    sections: dict[str, Callable[[], None]] = {
+        "step": lambda: section_step(report, shapes, options.rounds),
+        "bf16": lambda: section_bf16(report, shapes, options.rounds),
+        "small": lambda: section_small(report, options.rounds),
+        "memory": lambda: section_memory(report, options.workload),
+        "bandwidth": lambda: section_bandwidth(report, shapes, options.rounds),
+    }
+    for name in options.sections or SECTIONS:
+        sections[name]()
+    if options.json:
+        report.save(options.json)
+
+
+if __name__ == "__main__":
+    main()
