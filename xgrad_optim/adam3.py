@@ -29,12 +29,13 @@ ADAM3 = Rule(
     name="adam3",
     state_keys=("exp_avg", "exp_avg_sq"),
     required_state=("step", "exp_avg", "exp_avg_sq"),
-    required_options=("lr", "betas", "eps"),
+    required_options=("rule", "lr", "betas", "eps", "amsgrad"),  # no class of torch.optim has this state
     accumulate_columns=("one_minus_beta1", "beta2", "one_minus_beta2", "eps"),
     direction_columns=("rsqrt_bias_correction2",),
     coefficients=adam_coefficients,
     accumulate=accumulate,
     direction=direction,
+    positive_options=("eps",),  # it alone keeps a zero gradient from 0 / 0
 )
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import blocks, plain
+from xgrad_optim.layout import as_real, blocks, local
 from xgrad_optim.rule import Hyper, Rule
 
-BLOCK = 1 << 19
-"""Elements of a block: few enough for all its buffers to stay in a cache, enough to hide what a call costs."""
+BLOCK_BYTES = 1 << 21
+"""A block in the compute type: small enough for all its buffers to stay in a cache, large enough to hide call costs."""
 
 SMALL = 1 << 14
 """Tensors of up to this many elements are bundled into one block: copying them costs less than calls for each."""
@@ -39,16 +39,18 @@ def _all_blocks(launch: Launch) -> Iterator[tuple[dict[str, Tensor], int]]:
     slots = {"param": launch.params, **launch.state}
     if launch.grads is not None:
         slots["grad"] = launch.grads
+    # The element of a complex parameter is two numbers.
+    size = BLOCK_BYTES // (launch.compute_dtype.itemsize * (2 if launch.params[0].is_complex() else 1))
     bundles: dict[int, list[dict[str, Tensor]]] = {}
     for index, row in enumerate(launch.row_of):
-        tensors = {name: plain(slot[index]) for name, slot in slots.items()}
+        tensors = {name: local(slot[index]) for name, slot in slots.items()}
         if tensors["param"].numel() > SMALL:
-            for block in blocks(tensors, BLOCK):
+            for block in blocks(tensors, size):
                 yield block, row
         else:
             bundle = bundles.setdefault(row, [])
             bundle.append(tensors)
-            if len(bundle) * SMALL >= BLOCK:
+            if len(bundle) * SMALL >= size:
                 yield from ((block, row) for block in _bundled(bundles.pop(row)))
     for row, bundle in bundles.items():
         yield from ((block, row) for block in _bundled(bundle))
@@ -56,10 +58,10 @@ def _all_blocks(launch: Launch) -> Iterator[tuple[dict[str, Tensor], int]]:
 
 def _bundled(bundle: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """One block that holds copies of these tensors; what it holds when the caller comes back is copied home."""
-    block = {name: torch.cat([tensors[name].reshape(-1) for tensors in bundle]) for name in bundle[0]}
-    yield block
-    block.pop("grad", None)
-    for name, values in block.items():
+    copies = {name: torch.cat([tensors[name].reshape(-1) for tensors in bundle]) for name in bundle[0]}
+    yield {name: as_real(values) for name, values in copies.items()}
+    copies.pop("grad", None)
+    for name, values in copies.items():
         homes = [tensors[name] for tensors in bundle]
         parts = values.split([home.numel() for home in homes])
         torch._foreach_copy_(homes, [part.view(home.shape) for part, home in zip(parts, homes, strict=True)])

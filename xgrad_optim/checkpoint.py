@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,15 +21,7 @@ def load(
     rule: Rule, groups: Groups, state_dict: Mapping[str, Any]
 ) -> tuple[Groups, defaultdict[Tensor, dict[str, Any]]]:
     """The param groups and the state to adopt. Raises ValueError, having changed nothing, where they do not fit."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError('loaded state dict has no "state" and "param_groups": it is not an optimizer\'s')
-    saved_groups = state_dict["param_groups"]
-    if len(groups) != len(saved_groups):
-        raise ValueError("loaded state dict has a different number of parameter groups")
-    if any(len(group["params"]) != len(saved["params"]) for group, saved in zip(groups, saved_groups, strict=True)):
-        raise ValueError(
-            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
-        )
+    saved_groups = _saved_groups(groups, state_dict)
     new_groups = [_load_group(rule, *pair) for pair in zip(groups, saved_groups, strict=True)]
     params = {
         saved_id: param
@@ -44,6 +37,19 @@ def load(
     return new_groups, state
 
 
+def _saved_groups(groups: Groups, state_dict: Mapping[str, Any]) -> Groups:
+    saved_groups: Groups = state_dict.get("param_groups", [{}])
+    if "state" not in state_dict or any("params" not in saved for saved in saved_groups):
+        raise ValueError('loaded state dict has no "state", or a parameter group without "params"')
+    if len(groups) != len(saved_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(group["params"]) != len(saved["params"]) for group, saved in zip(groups, saved_groups, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
+    return saved_groups
+
+
 def _load_group(rule: Rule, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The saved options, completed by the present ones; which code runs stays as it is on this machine."""
     owner = saved.get("rule", rule.name)
@@ -53,35 +59,50 @@ def _load_group(rule: Rule, group: dict[str, Any], saved: Mapping[str, Any]) -> 
         raise ValueError(
             f"loaded state dict belongs to another optimizer: its param group {what}, this one's rule is {rule.name!r}"
         )
-    kept = ("params", "rule", *EXECUTION_OPTIONS)
+    kept = ("params", *EXECUTION_OPTIONS)
     loaded = {name: deepcopy(value) for name, value in saved.items() if name not in kept}
     new_group = {**group, **loaded}
-    check_options(new_group)
+    check_options(rule, new_group)
     return new_group
 
 
-def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> dict[str, Any]:
+    where = f"loaded state dict: the state of parameter {saved_id}"
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{where} must be a dict, got {saved!r}")
     if all(value is None for value in saved.values()):  # nothing yet, or torch.optim.SGD without momentum
         return {}
     for key in rule.required_state:
         if saved.get(key) is None:
-            raise ValueError(f"loaded state dict: the state of parameter {saved_id} has no {key!r}")
-    buffers = {
-        key: saved[key]
-        for key in (*rule.state_keys, "max_exp_avg_sq", "master_weights")
-        if isinstance(saved.get(key), Tensor)
-    }
+            raise ValueError(f"{where} has no {key!r}")
+    buffers = {key: saved[key] for key in rule.buffer_keys if key in saved}
     for key, buffer in buffers.items():
+        if not isinstance(buffer, Tensor):
+            raise ValueError(f"{where}: {key!r} must be a tensor, got {buffer!r}")
         if buffer.shape != param.shape:
             raise ValueError(
-                f"loaded state dict: parameter {saved_id} has shape {tuple(param.shape)}, "
-                f"its {key!r} has shape {tuple(buffer.shape)}"
+                f"{where}: the parameter has shape {tuple(param.shape)}, its {key!r} has shape {tuple(buffer.shape)}"
             )
-    # fp32 state of a 16-bit parameter stays fp32, where torch's own load_state_dict would round it.
+    numbers = {key: _number(f"{where}: {key!r}", saved[key]) for key in rule.number_keys if key in saved}
+    dtype = state_dtype(param, buffers)
+    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in buffers and key not in numbers}
+    return loaded | numbers | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
+
+
+def state_dtype(param: Tensor, buffers: Mapping[str, Tensor]) -> torch.dtype:
+    """The parameter's own, unless a buffer is wider: fp32 state of 16-bit parameters stays fp32.
+
+    torch's own load_state_dict would round it to 16 bits.
+    """
     wide = master_dtype(param.dtype)
-    dtype = wide if "master_weights" in buffers or any(b.dtype == wide for b in buffers.values()) else param.dtype
-    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in buffers}
-    return loaded | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
+    is_wide = "master_weights" in buffers or any(buffer.dtype == wide for buffer in buffers.values())
+    return wide if is_wide else param.dtype
+
+
+def _number(where: str, value: Any) -> Tensor:
+    if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
+        raise ValueError(f"{where} must be a number or a 1-element Tensor, got {value!r}")
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,11 +11,19 @@ else:  # builds of torch without distributed
     DTensor = ()  # type: ignore[assignment,misc]
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor's own memory as real numbers: a DTensor's local shard, a complex tensor's pairs."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a DTensor's local shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor, or a complex tensor's pairs of reals: its own memory, unless it is a lazy conjugate."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor's own memory as the kernels see it."""
+    return as_real(local(tensor))
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -38,12 +46,12 @@ def are_flat(tensors: list[Tensor]) -> bool:
 
 
 def blocks(tensors: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Views that together cover the tensors, which have one shape, at most `size` elements at a time."""
+    """Views as reals that together cover the tensors, which have one shape, at most `size` elements at a time."""
     views = list(tensors.values())
     if views[0].dim() != 1 and are_flat(views):
         views = [view.as_strided((view.numel(),), (1,)) for view in views]
     for parts in _split(views, size):
-        yield dict(zip(tensors, parts, strict=True))
+        yield dict(zip(tensors, map(as_real, parts), strict=True))
 
 
 def _split(views: list[Tensor], size: int) -> Iterator[list[Tensor]]:

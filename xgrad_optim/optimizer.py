@@ -1,6 +1,6 @@
 """The base class of the five optimizers: the step, the two modes and the state. It knows no formula."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
@@ -13,9 +13,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from xgrad_optim import backends, checkpoint
 from xgrad_optim.launch import Entry, Launch, build_launches
-from xgrad_optim.layout import plain
+from xgrad_optim.layout import local
 from xgrad_optim.numeric import is_supported, master_dtype
-from xgrad_optim.options import EXECUTION_OPTIONS, check_numbers, check_options
+from xgrad_optim.options import EXECUTION_OPTIONS, check_options
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.scalars import PREDICTED, SHIFT, Scalars, State
 
@@ -97,8 +97,8 @@ class XGradOptimizer(Optimizer):
     """Param-group entries that the class decides: no argument and no checkpoint changes them."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        defaults |= self.fixed_options | {"rule": self.rule.name}
-        check_options(defaults)
+        defaults |= self._fixed()
+        check_options(self.rule, defaults)
         backends.check_available(defaults)
         self._cache = _Cache()
         super().__init__(params, defaults)
@@ -108,19 +108,23 @@ class XGradOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            group.update(self.fixed_options)
+            group.update(self._fixed())
         # An existing cache is emptied, not replaced: wrappers hold it through a copy of our __dict__.
         self.__dict__.setdefault("_cache", _Cache()).clear()
+
+    def _fixed(self) -> dict[str, object]:
+        return {**self.fixed_options, "rule": self.rule.name}
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group with options of its own or the defaults; checked before anything is added."""
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
-            check_options(options)
+            check_options(self.rule, options)
             backends.check_available(options)
-            params = param_group.get("params")
-            if isinstance(params, (list, tuple)):
+            param_group.update(self._fixed())
+            if not isinstance(param_group["params"], (Tensor, set)):
+                params = param_group["params"] = list(param_group["params"])
                 distinct = {id(param[1] if isinstance(param, tuple) else param) for param in params}
                 if len(distinct) != len(params):
                     raise ValueError("a parameter appears more than once in one parameter group")
@@ -136,13 +140,21 @@ class XGradOptimizer(Optimizer):
         Raises:
             ValueError: it belongs to another optimizer, or does not fit the parameters. Nothing has changed then.
         """
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"loaded state dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
         groups, state = checkpoint.load(self.rule, self.param_groups, state_dict)
-        self.__setstate__({"state": state, "param_groups": groups})
+        # In place: wrappers and schedulers hold the same dicts.
+        self.state.clear()
+        self.state.update(state)
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.clear()
+            group.update(loaded, **self._fixed())
+        self._cache.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -151,7 +163,7 @@ class XGradOptimizer(Optimizer):
     @property
     def predicted(self) -> bool:
         """Whether the parameters hold theta_hat. False before the first step, when theta_hat is theta."""
-        return any(bool(state.get("predicted", False)) for _, state, _ in self._tracked())
+        return any(bool(state.get("predicted", False)) for state in self.state.values())
 
     @torch._disable_dynamo
     def eval(self) -> None:
@@ -180,12 +192,15 @@ class XGradOptimizer(Optimizer):
     def _tracked(self) -> list[tuple[Tensor, State, Options]]:
         """The parameters that have taken a step, with their state and options."""
         first = self.rule.state_keys[0]
-        return [
+        tracked: list[tuple[Tensor, State, Options]] = [
             (param, state, group)
             for group in self.param_groups
             for param in group["params"]
             if first in (state := self.state.get(param, {}))
         ]
+        for param, state, _ in tracked:
+            _check_state(self.rule, param, state)
+        return tracked
 
     def _bind(self, states: list[State]) -> Scalars:
         """The numbers of these states in one table: the cached one, unless the state was loaded, moved or edited."""
@@ -194,9 +209,12 @@ class XGradOptimizer(Optimizer):
             scalars = self._cache.scalars = Scalars(self.rule, states)
         return scalars
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _swap(self, to_predicted: bool) -> None:
         tracked = self._tracked()
+        for param, state, _ in tracked:
+            _fit_dtype(self.rule, param, state)
         scalars = self._bind([state for _, state, _ in tracked])
         columns = numpy.flatnonzero(scalars.table[PREDICTED] != to_predicted).tolist()
         # A shift of 0 leaves nothing to move, not even the version counter.
@@ -237,12 +255,13 @@ class XGradOptimizer(Optimizer):
         self._update()
         return loss
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _update(self) -> None:
         cache = self._cache
         active: Active = []
         for group in self.param_groups:
-            check_numbers(group)
+            check_options(self.rule, group)
             active.extend((param, group) for param in group["params"] if param.grad is not None)
         for param, options in active:
             _check_gradient(type(self).__name__, param, options)
@@ -263,7 +282,9 @@ class XGradOptimizer(Optimizer):
         sources = [*self.param_groups, *(param for param, _ in active)]
         sources.extend(chain.from_iterable(state.values() for state in states))
         switches = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
-        return sources, [group.get(name) for group in self.param_groups for name in switches]
+        values: list[object] = [group.get(name) for group in self.param_groups for name in switches]
+        values.extend((param.dtype, param.device, param.shape) for param, _ in active)
+        return sources, values
 
     def _rebuild(self, active: Active) -> None:
         """Create the missing state and divide the step into launches."""
@@ -285,8 +306,12 @@ class XGradOptimizer(Optimizer):
 
     def _conform_state(self, active: Active) -> None:
         """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
+        self._tracked()
         for param, group in active:
+            if param.is_conj() or param.is_neg():
+                raise RuntimeError("a parameter is a lazy conjugate or negative view: make it a tensor of its own")
             state = self.state.get(param, {})
+            _fit_dtype(self.rule, param, state)
             wanted = {"max_exp_avg_sq": group.get("amsgrad", False), "master_weights": group["master_weights"]}
             if self.rule.state_keys[0] not in state or all((key in state) == wanted[key] for key in wanted):
                 continue
@@ -296,7 +321,7 @@ class XGradOptimizer(Optimizer):
                 if not wanted[key]:
                     state.pop(key, None)
             if wanted["master_weights"] and "master_weights" not in state:
-                _add_master_weights(param, state)
+                _add_master_weights(self.rule, param, state)
             if wanted["max_exp_avg_sq"]:
                 state.setdefault("max_exp_avg_sq", state["exp_avg_sq"].clone())
 
@@ -307,17 +332,32 @@ def _new_state(rule: Rule, param: Tensor, options: Options) -> State:
     keys = (*rule.state_keys, "max_exp_avg_sq") if options.get("amsgrad") else rule.state_keys
     state |= {key: torch.zeros_like(param, requires_grad=False) for key in keys}
     if options["master_weights"]:
-        _add_master_weights(param, state)
+        _add_master_weights(rule, param, state)
     return state
 
 
-def _add_master_weights(param: Tensor, state: State) -> None:
+def _add_master_weights(rule: Rule, param: Tensor, state: State) -> None:
     """theta in full precision, and the buffers beside it likewise."""
     dtype = master_dtype(param.dtype)
-    for key, buffer in state.items():
-        if buffer.shape == param.shape and buffer.is_floating_point():
-            state[key] = buffer.to(dtype)
     state["master_weights"] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(param)
+    _fit_dtype(rule, param, state)
+
+
+def _fit_dtype(rule: Rule, param: Tensor, state: State) -> None:
+    """All buffers in one dtype: after model.double(), say, or where master weights have joined."""
+    buffers = {key: state[key] for key in rule.buffer_keys if key in state}
+    dtype = checkpoint.state_dtype(param, buffers)
+    state.update({key: buffer.to(dtype) for key, buffer in buffers.items() if buffer.dtype != dtype})
+
+
+def _check_state(rule: Rule, param: Tensor, state: State) -> None:
+    for key in rule.buffer_keys:
+        buffer = state.get(key, param)
+        if buffer.shape != param.shape or buffer.device != param.device:
+            raise RuntimeError(
+                f"a parameter has shape {tuple(param.shape)} on {param.device}, but its state[{key!r}] has "
+                f"shape {tuple(buffer.shape)} on {buffer.device}: replace or move both"
+            )
 
 
 def _check_gradient(name: str, param: Tensor, options: Options) -> None:
@@ -328,7 +368,7 @@ def _check_gradient(name: str, param: Tensor, options: Options) -> None:
         raise RuntimeError(f"{name} does not support sparse gradients, the gradient of a {where} is {grad.layout}")
     if not is_supported(param.dtype):
         raise RuntimeError(f"{name} does not support parameters of dtype {param.dtype}, got a {where}")
-    if (grad.dtype, grad.device) != (param.dtype, param.device) or plain(grad).shape != plain(param).shape:
+    if (grad.dtype, grad.device) != (param.dtype, param.device) or local(grad).shape != local(param).shape:
         raise RuntimeError(
             f"the gradient of a {where}, dtype {param.dtype} on {param.device} must match it, "
             f"got shape {tuple(grad.shape)}, dtype {grad.dtype} on {grad.device}"

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 
 from xgrad_optim import backends
-from xgrad_optim.rule import Options
+from xgrad_optim.rule import Options, Rule
 
 EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiable")
 """Which code runs, not what it computes: these belong to the machine, so a checkpoint does not change them."""
@@ -100,14 +100,14 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "backend": _backend,
 }
 
-_NUMBERS = ("lr", "momentum", "dampening", "betas", "eps", "weight_decay", "prediction_steps")
-
-
-def check_options(options: Options) -> None:
+def check_options(rule: Rule, options: Options) -> None:
     """Raise for the first option whose type or range is wrong, or that contradicts another one."""
     for name, check in _CHECKS.items():
         if name in options:
             check(name, options[name])
+    for name in rule.positive_options:
+        if options[name] == 0:
+            raise ValueError(f"Invalid epsilon value: {options[name]} ({name} must be > 0)")
     if options.get("fused") and options.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     asked = options.get("backend")
@@ -117,12 +117,3 @@ def check_options(options: Options) -> None:
         raise RuntimeError(
             f'foreach=True and fused=False mean backend="torch", got backend={asked!r}: leave one of them out'
         )
-
-
-def check_numbers(options: Options) -> None:
-    """Raise where a scheduler or a user has put a number into a param group that no update can use."""
-    for name in _NUMBERS:
-        if name in options:
-            _CHECKS[name](name, options[name])
-
-

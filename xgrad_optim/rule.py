@@ -29,6 +29,7 @@ class Rule:
         state_keys: the state buffers, shaped like the parameter.
         required_state: keys without which a loaded state can't go on; torch.optim.SGD keeps no "step", for one.
         required_options: hyperparameters without which a loaded param group is another optimizer's.
+        positive_options: those that may not be 0.
         accumulate_columns: coefficients of `accumulate`.
         direction_columns: coefficients of `direction`; a prediction is undone with the ones that made it.
         coefficients: `(options, step) -> {column: value}` in float64, `step_size` included; `step` counts from 1.
@@ -45,6 +46,7 @@ class Rule:
     coefficients: Callable[[Options, float], dict[str, float]]
     accumulate: Callable[[Tensor, Blocks, Hyper, Tensor], None]
     direction: Callable[[Blocks, Hyper, Tensor], Tensor]
+    positive_options: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -53,6 +55,11 @@ class Rule:
         return STEP_COLUMNS + self.accumulate_columns + self.direction_columns + previous
 
     @property
-    def prediction_keys(self) -> tuple[str, ...]:
-        """State keys of the numbers that made theta_hat, all that it takes to undo it."""
-        return ("prediction_shift", *(f"prediction_{name}" for name in self.direction_columns))
+    def number_keys(self) -> tuple[str, ...]:
+        """State keys of the 0-dim numbers: the step count, and all that it takes to undo the prediction."""
+        return ("step", "predicted", "prediction_shift", *(f"prediction_{name}" for name in self.direction_columns))
+
+    @property
+    def buffer_keys(self) -> tuple[str, ...]:
+        """State keys of all tensors that are shaped like the parameter, those of options included."""
+        return (*self.state_keys, "max_exp_avg_sq", "master_weights")

@@ -27,7 +27,7 @@ class Scalars:
     """
 
     def __init__(self, rule: Rule, states: list[State]) -> None:
-        self._keys = ("step", "predicted", *rule.prediction_keys)
+        self._keys = rule.number_keys
         # A state without a step count (torch.optim.SGD keeps none) has taken at least one step.
         defaults = (1.0,) + (0.0,) * (len(self._keys) - 1)
         values = [
