@@ -59,7 +59,7 @@ class StepsToTarget:
         reached = [float(step) for step in self.by_seed if step is not None]
         if len(reached) == len(self.by_seed):
             return Estimate.of(reached).text(0)
-        count = f"{len(reached)} of {len(self.by_seed)}"
+        count = f"{len(reached)}/{len(self.by_seed)}"
         if not reached:
             return f"not reached ({count})"
         # A seed that did not get there needs more than the whole run, so that the mean has a lower bound only.
@@ -142,15 +142,19 @@ def print_task(console: Console, results: Results, task: str) -> None:
     first = next(run for run in results if run.task == task)
     table = Table(title=f"{TASKS[task].title}, {first.steps} steps: mean ± standard error")
     table.add_column("optimizer")
-    for heading in ("validation loss", "accuracy, %", "steps to base's last loss"):
+    for heading in ("lr", "validation loss", "accuracy, %", "steps to base's loss"):
         table.add_column(heading, justify="right")
     for pair, summary in summaries.items():
         for variant in VARIANTS:
-            accuracy = summary.accuracy[variant].text(2, factor=100)
-            steps = summary.steps_to_base_loss[variant].text()
-            table.add_row(PAIRS[pair].names[variant], summary.loss[variant].text(4), accuracy, steps)
-        accuracy = summary.accuracy_difference.text(2, "+", factor=100)
-        table.add_row("X - base", summary.loss_difference.text(4, "+"), accuracy, style="bold", end_section=True)
+            table.add_row(
+                PAIRS[pair].names[variant],
+                f"{TASKS[task].lr[pair]:g}",
+                summary.loss[variant].text(4),
+                summary.accuracy[variant].text(2, factor=100),
+                summary.steps_to_base_loss[variant].text(),
+            )
+        differences = summary.loss_difference.text(4, "+"), summary.accuracy_difference.text(2, "+", factor=100)
+        table.add_row("X - base", "", *differences, style="bold", end_section=True)
     console.print(table)
     console.print("Final validation loss:")
     for pair, summary in summaries.items():
@@ -159,6 +163,13 @@ def print_task(console: Console, results: Results, task: str) -> None:
 
 
 # -- the figure --------------------------------------------------------------------------------------------------
+
+
+class _PlainLogFormatter(LogFormatter):
+    """The labels that LogFormatter chooses, without exponents."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def save_figure(path: Path, results: Results, task: str) -> None:
@@ -184,24 +195,29 @@ def _draw_pair(panel: Axes, results: Results, task: str, pair: str) -> None:
         losses = numpy.array([run.validation_loss for run in curves])
         _draw_band(panel, curves[0].steps, losses, PAIRS[pair].names[variant], COLORS[variant])
     panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(LogFormatter())
-    panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    panel.set_title(f"{PAIRS[pair].name('base')} and {PAIRS[pair].name('x')}, lr {TASKS[task].lr[pair]:g}")
+    panel.yaxis.set_major_formatter(_PlainLogFormatter())
+    # Labels between powers of ten where an axis has fewer than two of these; more of them, the narrower it is.
+    panel.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.5)))
+    panel.set_title(f"{' and '.join(PAIRS[pair].names.values())}, lr {TASKS[task].lr[pair]:g}")
     panel.set_ylabel("validation loss (log scale)")
     _finish(panel)
 
 
 def _draw_differences(panel: Axes, results: Results, task: str) -> None:
+    """The last three quarters of the runs: before, losses fall so fast that nothing later would be seen beside them."""
     for number, pair in enumerate(pairs_of(results, task)):
         curves = curves_of(results, task, pair)
         base, x = (numpy.array([run.validation_loss for run in curves[variant]]) for variant in VARIANTS)
+        steps = curves["x"][0].steps
+        late = slice(len(steps) // 4, None)
         # Not the colours of base and X in the other panels.
         color = f"C{len(COLORS) + number}"
-        _draw_band(panel, curves["x"][0].steps, x - base, PAIRS[pair].names["x"], color)
+        _draw_band(panel, steps[late], (x - base)[:, late], PAIRS[pair].names["x"], color)
     panel.axhline(0, color="black", linewidth=0.8)
-    panel.set_title("paired difference; below 0, X is better")
-    panel.set_ylabel("validation loss, X - base")
+    panel.set_title("X - base, by pairs; below 0, X is better")
+    panel.set_ylabel("difference of validation loss")
     _finish(panel)
+    panel.set_xlabel("step (the first quarter is left out)")
 
 
 def _draw_band(panel: Axes, steps: list[int], values: numpy.ndarray, label: str, color: str) -> None:
@@ -213,7 +229,7 @@ def _draw_band(panel: Axes, steps: list[int], values: numpy.ndarray, label: str,
 def _finish(panel: Axes) -> None:
     panel.set_xlabel("step")
     panel.grid(which="both", alpha=0.25)
-    panel.legend()
+    panel.legend(fontsize="small")
 
 
 # -- the results file --------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """The state: saved, loaded, copied, exchanged with torch.optim, edited and replaced from outside.
 
-- An exact resume: what is saved in either mode continues with the bits of the uninterrupted run, by any route. It breaks
+- An exact resume: what is saved in either mode continues with the bits of the uninterrupted run, by any route. Breaks
   where the numbers that made theta_hat are not in the state, where loading rounds 16-bit parameters' fp32 state (as
   torch's own load_state_dict does), or where something lives in an attribute that copies drop.
 - State keys are torch.optim's, so checkpoints go both ways. A loaded state without prediction numbers means theta.
 - A state_dict that does not fit raises ValueError before anything has changed.
-- Whoever replaces or edits state, parameters' memory or gradients between steps is obeyed: cached launches and the table
-  behind the 0-dim numbers must notice. The witness is a copy of the optimizer, which has no cache: both must go on alike.
+- Whoever replaces or edits state, parameters' memory or gradients between steps is obeyed: cached launches and the
+  table behind the 0-dim numbers must notice. The witness, a copy of the optimizer, has no cache: both go on alike.
 """
 
 import copy
@@ -47,14 +47,14 @@ def options(cls, dtype=torch.float32):
 
 def make_params(dtype=torch.float32, shapes=SHAPES, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [PARAM(torch.randn(shape, generator=generator, dtype=torch.complex128).to(dtype)
-                  if dtype.is_complex else torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-            for shape in shapes]  # fmt: skip
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return [PARAM(torch.randn(shape, generator=generator, dtype=wide).to(dtype)) for shape in shapes]
 
 
 def feed(params, step):
     """Put the recorded gradients of this step into the parameters."""
-    for grad, param in zip(make_params(params[0].dtype, [param.shape for param in params], 100 + step), params, strict=True):
+    grads = make_params(params[0].dtype, [param.shape for param in params], 100 + step)
+    for param, grad in zip(params, grads, strict=True):
         param.grad = grad.detach()
 
 
@@ -113,8 +113,8 @@ def assert_goes_on_alike(optimizer, params, other, other_params, steps=range(10,
 
 def snapshot(optimizer, params):
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = {place: {key: torch.as_tensor(value).clone() for key, value in optimizer.state.get(param, {}).items()}
-             for place, param in enumerate(params)}  # fmt: skip
+    states = [optimizer.state.get(param, {}) for param in params]
+    state = [{key: torch.as_tensor(value).clone() for key, value in each.items()} for each in states]
     return copy.deepcopy(groups), clones(params), state, optimizer.predicted
 
 
@@ -123,10 +123,10 @@ def assert_unchanged(optimizer, params, before):
     assert (groups, predicted) == (before[0], before[3])
     for value, old in zip(values, before[1], strict=True):
         assert_same_bits(value, old, "parameter")
-    for place, old_state in before[2].items():
-        assert state[place].keys() == old_state.keys()
-        for key, old in old_state.items():
-            assert_same_bits(state[place][key], old, key)
+    for now, then in zip(state, before[2], strict=True):
+        assert now.keys() == then.keys()
+        for key, old in then.items():
+            assert_same_bits(now[key], old, key)
 
 
 def through_a_file(state_dict):
@@ -357,10 +357,13 @@ def test_load_state_dict_before_the_first_step_of_either_side(cls):
 def test_hooks_of_step_and_of_state_dict_fire(cls):
     optimizer, params = trained(cls)
     calls = []
-    optimizer.register_step_pre_hook(lambda self, args, kwargs: calls.append(("pre", self.state[params[0]]["step"].item())))
-    optimizer.register_step_post_hook(lambda self, args, kwargs: calls.append(("post", self.state[params[0]]["step"].item())))
+    steps = optimizer.state[params[0]]["step"]
+    optimizer.register_step_pre_hook(lambda self, args, kwargs: calls.append((self is optimizer, "pre", steps.item())))
+    optimizer.register_step_post_hook(
+        lambda self, args, kwargs: calls.append((self is optimizer, "post", steps.item()))
+    )
     optimizer.step()
-    assert calls == [("pre", 3), ("post", 4)]
+    assert calls == [(True, "pre", 3), (True, "post", 4)]
 
     calls.clear()
     optimizer.register_state_dict_pre_hook(lambda self: calls.append("state_dict pre"))
@@ -370,7 +373,7 @@ def test_hooks_of_step_and_of_state_dict_fire(cls):
 
 @every_class
 def test_hooks_of_load_state_dict_fire_and_the_first_may_replace_the_dict(cls):
-    optimizer, params = trained(cls)
+    optimizer, _ = trained(cls)
     saved, calls = copy.deepcopy(optimizer.state_dict()), []
 
     def halve_lr(self, state_dict):
@@ -579,7 +582,9 @@ MISFITS = {  # name: (change of a good state_dict, classes)
 }
 
 
-@pytest.mark.parametrize("cls, name", [(cls, name) for name, (_, classes) in MISFITS.items() for cls in classes], ids=_id)
+@pytest.mark.parametrize(
+    "cls, name", [(cls, name) for name, (_, classes) in MISFITS.items() for cls in classes], ids=_id
+)
 @either_mode
 def test_a_state_dict_that_does_not_fit_raises_and_changes_nothing(cls, name, predicted):
     def build():
@@ -790,17 +795,6 @@ def _drop_a_parameter(optimizer, params):
     optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
 
 
-def _to_float64(optimizer, params):
-    """model.double(): the same Parameter objects hold another dtype."""
-    for param in params:
-        param.data, param.grad = param.data.double(), None
-
-
-def _to_bfloat16(optimizer, params):
-    for param in params:
-        param.data, param.grad = param.data.bfloat16(), None
-
-
 EDITS = (
     _set_steps,
     _new_step,
@@ -811,8 +805,6 @@ EDITS = (
     _forget_one,
     _forget_all,
     _drop_a_parameter,
-    _to_float64,
-    _to_bfloat16,
 )
 
 
@@ -834,6 +826,41 @@ def test_edits_between_steps_are_obeyed(cls, master_weights, edit):
     train(unedited, unedited_params, range(3, 6))
     if not (cls is XSGDM and "step" in edit.__name__) and edit is not _torchs_keys_only:
         assert any(not torch.equal(param, other) for param, other in zip(params, unedited_params, strict=True))
+
+
+@every_class
+def test_a_parameter_that_moves_to_the_next_group_takes_its_options(cls):
+    """Freezing schemes do this; the order of all parameters stays the same, only the border between groups moves."""
+    params = make_params()
+    groups = [{"params": params[:2], "lr": 0.01}, {"params": params[2:], "lr": 0.5, "weight_decay": 0.3}]
+    optimizer = cls(groups, **options(cls))
+    train(optimizer, params, range(3))
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    witness, witness_params = copy.deepcopy((optimizer, params))
+    assert_goes_on_alike(optimizer, params, witness, witness_params)
+
+
+@every_class
+@either_precision
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=_id)
+def test_parameters_that_change_their_dtype_between_steps(cls, master_weights, dtype):
+    """model.double() keeps the Parameter objects. The step computes in the new dtype, or refuses."""
+    optimizer, params = trained(cls, master_weights=master_weights)
+    optimizer.eval()
+    for param in params:
+        param.data, param.grad = param.data.to(dtype), None
+    witness, witness_params = copy.deepcopy((optimizer, params))
+    feed(params, 3)
+    before = snapshot(optimizer, params)
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        assert "dtype" in str(error)
+        assert_unchanged(optimizer, params, before)
+        return
+    train(witness, witness_params, [3])
+    for param, witness_param in zip(params, witness_params, strict=True):
+        assert_same_bits(param, witness_param)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (12,), (3, 5), ()], ids=str)
@@ -878,8 +905,8 @@ def test_gradients_may_be_removed_replaced_or_zeroed(cls):
 
 
 @every_class
-def test_a_state_dict_in_memory_follows_or_survives_but_never_corrupts(cls):
-    """A "best so far" deepcopy of both dicts, taken in mid-training, brings exactly that moment back."""
+def test_the_best_so_far_comes_back(cls):
+    """A deepcopy of weights and state, taken in mid-training and loaded in this order, and no false alarm about it."""
     optimizer, params = trained(cls)
     best = copy.deepcopy(([param.detach() for param in params], optimizer.state_dict()))
     train(optimizer, params, range(3, 6))

@@ -1,10 +1,10 @@
-"""The traps of clients.md that do not need `attach`, each through the client that sets it where that client is in torch.
+"""The traps of clients.md that do not need `attach`, each through the client that sets it where that is in torch.
 
 - 2, schedulers: they step after the optimizer and move lr, momentum and betas, tensors in place; undoing a prediction
   with the group's numbers of now gives silently wrong weights.
 - 3, where the mode lives: a wrapper that shares our class has its own `__dict__`, ZeRO overwrites group keys, DCP drops
   extra top-level keys; only the state reaches all of them.
-- 4 and 18, writes to theta_hat by somebody who believes that it is theta: the right weights, or a warning; no false alarm.
+- 4 and 18, writes to theta_hat by somebody who takes it for theta: the right weights, or a warning; no false alarm.
 - 10, 16, 19, 20, state through DCP, ZeRO and __setstate__ (the rest of these is in test_state.py).
 - 11, closures; 12, torch.compile; 13, a swap between forward and backward must not hide from autograd; 14, GradScaler.
 - Averaging, evaluating under inference_mode and clipping, as the README tells users to do it.
@@ -342,7 +342,7 @@ def test_the_mode_is_in_the_state_and_nowhere_else(cls):
 @every_class
 @either_mode
 def test_the_mode_travels_with_the_state_by_every_route(cls, predicted):
-    optimizer, params = trained(cls)
+    optimizer, _ = trained(cls)
     optimizer.train(predicted)
     assert optimizer.predicted is predicted
     buffer = io.BytesIO()
@@ -845,7 +845,7 @@ def test_parameters_that_are_exchanged_before_the_first_step(cls):
 @pytest.mark.parametrize("averaging", ["mean", "ema"])
 def test_an_averaged_model_inside_true_weights_averages_theta(cls, master_weights, averaging):
     model, optimizer, params = _linear(cls, master_weights=master_weights)
-    twin_model, twin, twin_params = _linear(cls, master_weights=master_weights)
+    _, twin, twin_params = _linear(cls, master_weights=master_weights)
     multi_avg_fn = swa_utils.get_ema_multi_avg_fn(0.75) if averaging == "ema" else None
     averaged = swa_utils.AveragedModel(model, multi_avg_fn=multi_avg_fn)
     plain = torch.nn.Linear(4, 3)

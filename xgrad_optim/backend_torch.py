@@ -26,6 +26,10 @@ def why_not(launch: Launch) -> str | None:
     return None
 
 
+def prepare(launch: Launch) -> bool:
+    return launch.fits()
+
+
 def run(launch: Launch) -> None:
     """Restore, update where there are gradients, and predict every tensor of the launch."""
     hypers = [_hyper(launch.rule, row) for row in launch.rows]

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 NAMES = ("triton", "cuda", "cpu", "torch")
 """Every back end, best first; a back end that does not fit a Launch's device says so."""
 
-_MODULES = {"torch": "xgrad_optim.backend_torch"}
+_MODULES = {"cpu": "xgrad_optim.backend_native", "torch": "xgrad_optim.backend_torch"}
 
 
 class Backend(Protocol):
@@ -24,6 +25,9 @@ class Backend(Protocol):
 
     def why_not(self, launch: "Launch") -> str | None:
         """Why this back end can't run this Launch; None where it can."""
+
+    def prepare(self, launch: "Launch") -> bool:
+        """Read the tensors as they now are, before anything runs; False where the Launch must be built anew."""
 
     def run(self, launch: "Launch") -> None:
         """Restore, update where the Launch has gradients, and predict every tensor of the Launch."""
@@ -61,23 +65,41 @@ def _candidates(options: Options) -> tuple[str, ...]:
 
 def check_available(options: Options) -> None:
     """Raise RuntimeError where the options demand a back end that this machine does not have."""
-    reasons = {name: unavailable(name) for name in _candidates(options)}
-    if all(reasons.values()):
-        _refuse(options, reasons)
+    reasons: dict[str, str | None] = {}
+    for name in reversed(_candidates(options)):  # "torch" first: nothing is built for the sake of the question
+        reasons[name] = unavailable(name)
+        if reasons[name] is None:
+            return
+    _refuse(options, reasons)
 
 
 def choose(launch: "Launch", options: Options) -> Backend:
     """The best back end that the options admit and the Launch allows; RuntimeError names why each was passed over."""
     reasons: dict[str, str | None] = {}
+    missing: dict[str, str] = {}
     for name in _candidates(options):
-        reasons[name] = unavailable(name)
+        module = _module(name)
+        if isinstance(module, str):
+            reasons[name] = unavailable(name)
+            continue
+        backend = cast(Backend, module)
+        reasons[name] = backend.why_not(launch)
         if reasons[name] is None:
-            backend = cast(Backend, _module(name))
-            reasons[name] = backend.why_not(launch)
-            if reasons[name] is None:
+            # Asked last: the answer may take a build, and only where it is needed.
+            reasons[name] = reason = unavailable(name)
+            if reason is None:
+                for passed_over in missing.items():
+                    _note(name, *passed_over)
                 return backend
+            missing[name] = reason
     _refuse(options, reasons)
     raise AssertionError("unreachable")
+
+
+@functools.cache
+def _note(chosen: str, name: str, reason: str) -> None:
+    """Say once that a faster back end would have fitted."""
+    warnings.warn(f"xgrad_optim uses its {chosen!r} back end, as {name!r} is unavailable: {reason}", stacklevel=2)
 
 
 def _refuse(options: Options, reasons: dict[str, str | None]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from xgrad_optim.layout import DTensor
-from xgrad_optim.numeric import master_dtype
 from xgrad_optim.options import EXECUTION_OPTIONS, check_options
 from xgrad_optim.rule import Rule
+from xgrad_optim.state import state_dtype
 
 Groups = list[dict[str, Any]]
 
@@ -84,19 +84,9 @@ def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> d
                 f"{where}: the parameter has shape {tuple(param.shape)}, its {key!r} has shape {tuple(buffer.shape)}"
             )
     numbers = {key: _number(f"{where}: {key!r}", saved[key]) for key in rule.number_keys if key in saved}
-    dtype = state_dtype(param, buffers)
+    dtype = state_dtype(param, buffers)  # torch's own load_state_dict would round to the parameter's
     loaded = {key: deepcopy(value) for key, value in saved.items() if key not in buffers and key not in numbers}
     return loaded | numbers | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
-
-
-def state_dtype(param: Tensor, buffers: Mapping[str, Tensor]) -> torch.dtype:
-    """The parameter's own, unless a buffer is wider: fp32 state of 16-bit parameters stays fp32.
-
-    torch's own load_state_dict would round it to 16 bits.
-    """
-    wide = master_dtype(param.dtype)
-    is_wide = "master_weights" in buffers or any(buffer.dtype == wide for buffer in buffers.values())
-    return wide if is_wide else param.dtype
 
 
 def _number(where: str, value: Any) -> Tensor:

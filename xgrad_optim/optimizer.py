@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy
 import torch
@@ -13,11 +13,18 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from xgrad_optim import backends, checkpoint
 from xgrad_optim.launch import Entry, Launch, build_launches
-from xgrad_optim.layout import local
-from xgrad_optim.numeric import is_supported, master_dtype
 from xgrad_optim.options import EXECUTION_OPTIONS, check_options
 from xgrad_optim.rule import Options, Rule
-from xgrad_optim.scalars import PREDICTED, SHIFT, Scalars, State
+from xgrad_optim.scalars import PREDICTED, SHIFT, Scalars
+from xgrad_optim.state import (
+    State,
+    check_gradient,
+    check_state,
+    fit_dtype,
+    follow_options,
+    follows_options,
+    new_state,
+)
 
 COMMON_DOC = """\
         prediction_steps (float): how many steps ahead the weights are predicted, >= 0; 0 is the base optimizer.
@@ -54,8 +61,8 @@ DECOUPLED_DOC = """\
         decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
 
 
-Active = list[tuple[Tensor, Options]]
-"""The parameters that have a gradient, with their param groups."""
+Active = list[tuple[Tensor, Tensor, Options]]
+"""The parameters that have a gradient, with it and their param groups."""
 
 
 class _Cache:
@@ -199,7 +206,9 @@ class XGradOptimizer(Optimizer):
             if first in (state := self.state.get(param, {}))
         ]
         for param, state, _ in tracked:
-            _check_state(self.rule, param, state)
+            check_state(self.rule, param, state)
+        for param, state, _ in tracked:
+            fit_dtype(self.rule, param, state)
         return tracked
 
     def _bind(self, states: list[State]) -> Scalars:
@@ -213,18 +222,14 @@ class XGradOptimizer(Optimizer):
     @torch.no_grad()
     def _swap(self, to_predicted: bool) -> None:
         tracked = self._tracked()
-        for param, state, _ in tracked:
-            _fit_dtype(self.rule, param, state)
         scalars = self._bind([state for _, state, _ in tracked])
         columns = numpy.flatnonzero(scalars.table[PREDICTED] != to_predicted).tolist()
         # A shift of 0 leaves nothing to move, not even the version counter.
-        entries = [
-            Entry(param, state, options, column, None)
-            for column, (param, state, options) in ((column, tracked[column]) for column in columns)
-            if scalars.table[SHIFT, column] != 0
-        ]
+        moving = [(column, *tracked[column]) for column in columns if scalars.table[SHIFT, column] != 0]
+        entries = [Entry(param, None, options, column, state) for column, param, state, options in moving]
         launches = build_launches(self.rule, entries, scalars)
         for launch in launches:
+            launch.prepare(None)
             launch.refresh()
         for launch in launches:
             launch.run()
@@ -258,122 +263,66 @@ class XGradOptimizer(Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _update(self) -> None:
-        cache = self._cache
         active: Active = []
         for group in self.param_groups:
             check_options(self.rule, group)
-            active.extend((param, group) for param in group["params"] if param.grad is not None)
-        for param, options in active:
-            _check_gradient(type(self).__name__, param, options)
-        if not cache.holds(*self._built_from(active)):
+            active.extend((param, grad, group) for param in group["params"] if (grad := param.grad) is not None)
+        cache = self._cache
+        if not (cache.holds(*self._built_from(active)) and self._prepare(active)):
             self._rebuild(active)
         for launch in cache.launches:
-            launch.grads = [cast(Tensor, param.grad) for param in launch.params]
             launch.refresh()
         for launch in cache.launches:
             launch.run()
-            launch.grads = []
         if cache.scalars is not None and not cache.scalars.table[PREDICTED].all():
             self._swap(to_predicted=True)
 
     def _built_from(self, active: Active) -> tuple[list[object], list[object]]:
         """What the launches of these parameters depend on: objects, and options."""
-        states = (self.state.get(param, {}) for param, _ in active)
-        sources = [*self.param_groups, *(param for param, _ in active)]
-        sources.extend(chain.from_iterable(state.values() for state in states))
-        switches = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
-        values: list[object] = [group.get(name) for group in self.param_groups for name in switches]
-        values.extend((param.dtype, param.device, param.shape) for param, _ in active)
-        return sources, values
+        params = [param for param, _, _ in active]
+        sources: list[object] = [*params, *(options for _, _, options in active)]
+        sources.extend(chain.from_iterable(self.state[param].values() for param in params if param in self.state))
+        names = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
+        return sources, [group.get(name) for group in self.param_groups for name in names]
+
+    def _prepare(self, active: Active) -> bool:
+        """Hand the launches their gradients; False where a tensor is no longer what its launch was built for."""
+        grads = [grad for _, grad, _ in active]
+        return all(launch.prepare(grads) for launch in self._cache.launches)
 
     def _rebuild(self, active: Active) -> None:
-        """Create the missing state and divide the step into launches."""
+        """Check everything, create the missing state and divide the step into launches."""
+        for param, grad, options in active:
+            check_gradient(type(self).__name__, param, grad, options)
         self._conform_state(active)
+        first = self.rule.state_keys[0]
         created = {
-            param: _new_state(self.rule, param, group)
-            for param, group in active
-            if self.rule.state_keys[0] not in self.state.get(param, {})
+            param: new_state(self.rule, param, options)
+            for param, _, options in active
+            if first not in self.state.get(param, {})
         }
         tracked = [(param, state) for param, state, _ in self._tracked()] + list(created.items())
         scalars = self._bind([state for _, state in tracked])
-        places = {param: (state, column) for column, (param, state) in enumerate(tracked)}
-        entries = [Entry(param, places[param][0], group, places[param][1], param.grad) for param, group in active]
-        self._cache.launches = build_launches(self.rule, entries, scalars)
+        places = {param: (column, state) for column, (param, state) in enumerate(tracked)}
+        entries = [Entry(param, grad, options, *places[param]) for param, grad, options in active]
+        launches = build_launches(self.rule, entries, scalars)
         for param, state in created.items():
             self.state[param].update(state)
-        self._cache.sources, self._cache.switches = self._built_from(active)
-        self._cache.builds += 1
+        cache = self._cache
+        cache.launches, cache.builds = launches, cache.builds + 1
+        cache.sources, cache.switches = self._built_from(active)
+        self._prepare(active)
 
     def _conform_state(self, active: Active) -> None:
         """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
-        self._tracked()
-        for param, group in active:
-            if param.is_conj() or param.is_neg():
-                raise RuntimeError("a parameter is a lazy conjugate or negative view: make it a tensor of its own")
-            state = self.state.get(param, {})
-            _fit_dtype(self.rule, param, state)
-            wanted = {"max_exp_avg_sq": group.get("amsgrad", False), "master_weights": group["master_weights"]}
-            if self.rule.state_keys[0] not in state or all((key in state) == wanted[key] for key in wanted):
-                continue
+        tracked = {param: state for param, state, _ in self._tracked()}
+        switched = [
+            (param, tracked[param], options)
+            for param, _, options in active
+            if param in tracked and not follows_options(tracked[param], options)
+        ]
+        if switched:
             # theta_hat can only be undone with the buffers that made it.
             self._swap(to_predicted=False)
-            for key in wanted:
-                if not wanted[key]:
-                    state.pop(key, None)
-            if wanted["master_weights"] and "master_weights" not in state:
-                _add_master_weights(self.rule, param, state)
-            if wanted["max_exp_avg_sq"]:
-                state.setdefault("max_exp_avg_sq", state["exp_avg_sq"].clone())
-
-
-def _new_state(rule: Rule, param: Tensor, options: Options) -> State:
-    """The state before the first step, created with it, when the parameter holds theta."""
-    state = {"step": torch.zeros((), dtype=torch.float64, device="cpu")}
-    keys = (*rule.state_keys, "max_exp_avg_sq") if options.get("amsgrad") else rule.state_keys
-    state |= {key: torch.zeros_like(param, requires_grad=False) for key in keys}
-    if options["master_weights"]:
-        _add_master_weights(rule, param, state)
-    return state
-
-
-def _add_master_weights(rule: Rule, param: Tensor, state: State) -> None:
-    """theta in full precision, and the buffers beside it likewise."""
-    dtype = master_dtype(param.dtype)
-    state["master_weights"] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(param)
-    _fit_dtype(rule, param, state)
-
-
-def _fit_dtype(rule: Rule, param: Tensor, state: State) -> None:
-    """All buffers in one dtype: after model.double(), say, or where master weights have joined."""
-    buffers = {key: state[key] for key in rule.buffer_keys if key in state}
-    dtype = checkpoint.state_dtype(param, buffers)
-    state.update({key: buffer.to(dtype) for key, buffer in buffers.items() if buffer.dtype != dtype})
-
-
-def _check_state(rule: Rule, param: Tensor, state: State) -> None:
-    for key in rule.buffer_keys:
-        buffer = state.get(key, param)
-        if buffer.shape != param.shape or buffer.device != param.device:
-            raise RuntimeError(
-                f"a parameter has shape {tuple(param.shape)} on {param.device}, but its state[{key!r}] has "
-                f"shape {tuple(buffer.shape)} on {buffer.device}: replace or move both"
-            )
-
-
-def _check_gradient(name: str, param: Tensor, options: Options) -> None:
-    grad = param.grad
-    assert grad is not None
-    where = f"parameter of shape {tuple(param.shape)}"
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"{name} does not support sparse gradients, the gradient of a {where} is {grad.layout}")
-    if not is_supported(param.dtype):
-        raise RuntimeError(f"{name} does not support parameters of dtype {param.dtype}, got a {where}")
-    if (grad.dtype, grad.device) != (param.dtype, param.device) or local(grad).shape != local(param).shape:
-        raise RuntimeError(
-            f"the gradient of a {where}, dtype {param.dtype} on {param.device} must match it, "
-            f"got shape {tuple(grad.shape)}, dtype {grad.dtype} on {grad.device}"
-        )
-    if options["capturable"] and param.device.type == "cpu":
-        raise RuntimeError(
-            f"If capturable=True, parameters must be on a GPU, got a {where} on cpu. Use capturable=False"
-        )
+        for param, state, options in switched:
+            follow_options(self.rule, param, state, options)

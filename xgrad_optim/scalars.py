@@ -7,10 +7,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from xgrad_optim.layout import DTensor
 from xgrad_optim.rule import Rule
-
-State = dict[str, Tensor]
+from xgrad_optim.state import State
 
 STEP, PREDICTED, SHIFT = 0, 1, 2
 """Rows of the table; the direction's coefficients follow."""
@@ -23,7 +21,7 @@ class Scalars:
 
     Attributes:
         table: float64 `[n_keys, n_parameters]`, over the same memory as the tensors in the state.
-        versions: the version counter of each parameter after our last write of theta_hat, None where unknown.
+        versions: the version counter of each parameter after our last write of theta_hat, -1 where unknown.
     """
 
     def __init__(self, rule: Rule, states: list[State]) -> None:
@@ -39,7 +37,7 @@ class Scalars:
         self._version = self._tensor._version
         self._views = [view for column in self._tensor.T.unbind() for view in column.unbind()]
         self.table: numpy.ndarray = self._tensor.numpy()
-        self.versions: list[int | None] = [None] * len(states)
+        self.versions = numpy.full(len(states), -1)
         views = iter(self._views)
         for state in states:
             for key in self._keys:
@@ -57,16 +55,16 @@ class Scalars:
         held = [state.get(key) for state in states for key in self._keys]
         return all(map(is_, held, self._views))
 
-    def note_writes(self, members: numpy.ndarray, params: list[Tensor]) -> None:
-        """Remember these parameters' version counters while they hold a theta_hat that differs from theta."""
+    def note_writes(self, members: numpy.ndarray, params: list[Tensor], has_version: numpy.ndarray) -> None:
+        """Remember these parameters' version counters where they hold a theta_hat that differs from theta."""
         is_shifted = (self.table[PREDICTED, members] != 0) & (self.table[SHIFT, members] != 0)
-        for column, param, shifted in zip(members.tolist(), params, is_shifted.tolist(), strict=True):
-            self.versions[column] = param._version if shifted and not isinstance(param, DTensor) else None
+        versions = numpy.array([param._version for param in params])
+        self.versions[members] = numpy.where(is_shifted & has_version, versions, -1)
 
     def warn_of_foreign_writes(self, members: numpy.ndarray, params: list[Tensor]) -> None:
         """Say so where somebody else has written to theta_hat, believing perhaps that it is theta."""
-        versions = [self.versions[column] for column in members.tolist()]
-        written = sum(v is not None and v != param._version for v, param in zip(versions, params, strict=True))
+        known = self.versions[members]
+        written = numpy.count_nonzero((known >= 0) & (known != numpy.array([param._version for param in params])))
         if written:
             warnings.warn(
                 f"{written} parameters were written to while they held predicted weights (by load_state_dict, copy_, "
