@@ -1,13 +1,59 @@
-"""Packaging of xgrad-optim: `kernels/` installs as xgrad_optim.kernels, `csrc/` ships inside xgrad_optim as data."""
+"""Packaging of xgrad-optim: `kernels/` installs as xgrad_optim.kernels, `csrc/` ships inside xgrad_optim as data.
 
+The native CPU library is compiled into the wheel where torch can be imported in the build (pip's
+--no-build-isolation) and a compiler exists; otherwise the first use compiles it. XGRAD_BUILD=none leaves it out,
+XGRAD_BUILD=cpu makes a failure an error.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+WANTED = os.environ.get("XGRAD_BUILD", "auto")
 
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "scipy>=1.10"]
-TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1"]
+TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1", "ninja"]
+
+
+def is_native() -> bool:
+    """Whether this build contains the compiled library, which makes it one for this platform."""
+    if WANTED not in ("auto", "none", "cpu"):
+        sys.exit(f"XGRAD_BUILD must be auto, none or cpu, got {WANTED!r}")
+    return WANTED == "cpu" or (WANTED == "auto" and importlib.util.find_spec("torch") is not None)
+
+
+class BuildWithNativeLibrary(build_py):
+    """Copies the Python files, then puts the compiled library beside them."""
+
+    def run(self) -> None:
+        super().run()
+        if is_native() and not getattr(self, "editable_mode", False):
+            self.build_native(Path(self.build_lib) / "xgrad_optim")
+
+    def build_native(self, package: Path) -> None:
+        spec = importlib.util.spec_from_file_location("build_native", ROOT / "xgrad_optim" / "build_native.py")
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                shutil.copy2(native.build(scratch), package)
+        except RuntimeError as error:
+            if WANTED == "cpu":
+                raise
+            self.warn(f"the native CPU library is left to the first use: {error}")
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return is_native()
+
 
 setup(
     name="xgrad-optim",
@@ -21,6 +67,8 @@ setup(
     packages=["xgrad_optim", "xgrad_optim.kernels", "xgrad_optim.csrc"],
     package_dir={"xgrad_optim": "xgrad_optim", "xgrad_optim.kernels": "kernels", "xgrad_optim.csrc": "csrc"},
     package_data={"xgrad_optim": ["py.typed"], "xgrad_optim.csrc": ["*.h", "*.cpp", "*.cu"]},
+    cmdclass={"build_py": BuildWithNativeLibrary},
+    distclass=PlatformDistribution,
     zip_safe=False,
     classifiers=[
         "Programming Language :: Python :: 3",
