@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 MAX_DEFAULT_JOBS = 4
-"""A process holds some 400 MB: more of them only where asked for."""
+"""A process holds some 500 MB: more of them only where asked for."""
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

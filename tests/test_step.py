@@ -190,9 +190,12 @@ def test_before_any_gradient_nothing_happens(cls, master_weights):
 
 @every_class
 @either_precision
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=_id)
 @pytest.mark.parametrize("reloaded", [False, True], ids=["same", "reloaded"])
-def test_with_all_gradients_none_a_step_only_goes_to_theta_hat(cls, master_weights, reloaded):
-    optimizer, params = trained(cls, master_weights=master_weights)
+def test_with_all_gradients_none_a_step_only_goes_to_theta_hat(cls, master_weights, dtype, reloaded):
+    """At an lr whose predictions are as large as the weights, so that a swap which only nearly undoes itself shows."""
+    shapes = ((3, 4), (2000,), ())
+    optimizer, params = trained(cls, shapes=shapes, dtype=dtype, lr=0.5, master_weights=master_weights)
     predicted = content(optimizer, params)
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()

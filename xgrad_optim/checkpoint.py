@@ -31,7 +31,8 @@ def load(
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for saved_id, saved_state in state_dict["state"].items():
         if saved_id not in params:
-            state[saved_id] = saved_state
+            if isinstance(saved_state, Mapping):
+                state[saved_id] = dict(saved_state)
         elif loaded := _load_param_state(rule, saved_id, params[saved_id], saved_state):
             state[params[saved_id]] = loaded
     return new_groups, state

@@ -124,7 +124,8 @@ class Launch:
     def prepare(self, grads: list[Tensor] | None) -> bool:
         """Take a step's gradients. False where a tensor is no longer what the launch was built for."""
         if grads is not None:
-            self.grads = [grads[position] for position in self._positions]
+            is_all = len(grads) == len(self._positions)
+            self.grads = grads if is_all else [grads[position] for position in self._positions]
         return self.backend.prepare(self)
 
     def fits(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -61,8 +61,12 @@ DECOUPLED_DOC = """\
         decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
 
 
-Active = list[tuple[Tensor, Tensor, Options]]
-"""The parameters that have a gradient, with it and their param groups."""
+class Active(NamedTuple):
+    """The parameters that have a gradient, with it; param group i's end before index `ends[i]`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    ends: list[int]
 
 
 class _Cache:
@@ -94,6 +98,10 @@ class _Cache:
             and len(self.sources) == len(sources)
             and all(map(is_, self.sources, sources))
         )
+
+    def prepare(self, grads: list[Tensor]) -> bool:
+        """Hand the launches a step's gradients; False where a tensor is no longer what its launch was built for."""
+        return all(launch.prepare(grads) for launch in self.launches)
 
 
 class XGradOptimizer(Optimizer):
@@ -263,12 +271,9 @@ class XGradOptimizer(Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _update(self) -> None:
-        active: Active = []
-        for group in self.param_groups:
-            check_options(self.rule, group)
-            active.extend((param, grad, group) for param in group["params"] if (grad := param.grad) is not None)
+        active = self._active()
         cache = self._cache
-        if not (cache.holds(*self._built_from(active)) and self._prepare(active)):
+        if not (cache.holds(*self._built_from(active)) and cache.prepare(active.grads)):
             self._rebuild(active)
         for launch in cache.launches:
             launch.refresh()
@@ -277,52 +282,65 @@ class XGradOptimizer(Optimizer):
         if cache.scalars is not None and not cache.scalars.table[PREDICTED].all():
             self._swap(to_predicted=True)
 
+    def _active(self) -> Active:
+        """The parameters that have a gradient; the groups' options are checked on the way."""
+        active = Active([], [], [])
+        for group in self.param_groups:
+            check_options(self.rule, group)
+            params = group["params"]
+            grads = [param.grad for param in params]
+            active.params.extend(param for param, grad in zip(params, grads, strict=True) if grad is not None)
+            active.grads.extend(grad for grad in grads if grad is not None)
+            active.ends.append(len(active.params))
+        return active
+
     def _built_from(self, active: Active) -> tuple[list[object], list[object]]:
         """What the launches of these parameters depend on: objects, and options."""
-        params = [param for param, _, _ in active]
-        sources: list[object] = [*params, *(options for _, _, options in active)]
-        sources.extend(chain.from_iterable(self.state[param].values() for param in params if param in self.state))
+        states = self.state.values()
+        sources = [*self.param_groups, *active.params, *states, *chain.from_iterable(map(dict.values, states))]
         names = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
-        return sources, [group.get(name) for group in self.param_groups for name in names]
-
-    def _prepare(self, active: Active) -> bool:
-        """Hand the launches their gradients; False where a tensor is no longer what its launch was built for."""
-        grads = [grad for _, grad, _ in active]
-        return all(launch.prepare(grads) for launch in self._cache.launches)
+        return sources, [*active.ends, *(group.get(name) for group in self.param_groups for name in names)]
 
     def _rebuild(self, active: Active) -> None:
         """Check everything, create the missing state and divide the step into launches."""
-        for param, grad, options in active:
-            check_gradient(type(self).__name__, param, grad, options)
-        self._conform_state(active)
+        options = [
+            group
+            for group, start, end in zip(self.param_groups, [0, *active.ends], active.ends, strict=False)
+            for _ in range(start, end)
+        ]
+        for param, grad, group in zip(active.params, active.grads, options, strict=True):
+            check_gradient(type(self).__name__, param, grad, group)
+        self._conform_state(dict(zip(active.params, options, strict=True)))
         first = self.rule.state_keys[0]
         created = {
-            param: new_state(self.rule, param, options)
-            for param, _, options in active
+            param: new_state(self.rule, param, group)
+            for param, group in zip(active.params, options, strict=True)
             if first not in self.state.get(param, {})
         }
         tracked = [(param, state) for param, state, _ in self._tracked()] + list(created.items())
         scalars = self._bind([state for _, state in tracked])
         places = {param: (column, state) for column, (param, state) in enumerate(tracked)}
-        entries = [Entry(param, grad, options, *places[param]) for param, grad, options in active]
+        entries = [
+            Entry(param, grad, group, *places[param])
+            for param, grad, group in zip(active.params, active.grads, options, strict=True)
+        ]
         launches = build_launches(self.rule, entries, scalars)
         for param, state in created.items():
             self.state[param].update(state)
         cache = self._cache
         cache.launches, cache.builds = launches, cache.builds + 1
         cache.sources, cache.switches = self._built_from(active)
-        self._prepare(active)
+        cache.prepare(active.grads)
 
-    def _conform_state(self, active: Active) -> None:
+    def _conform_state(self, options: dict[Tensor, Options]) -> None:
         """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
-        tracked = {param: state for param, state, _ in self._tracked()}
         switched = [
-            (param, tracked[param], options)
-            for param, _, options in active
-            if param in tracked and not follows_options(tracked[param], options)
+            (param, state)
+            for param, state, _ in self._tracked()
+            if param in options and not follows_options(state, options[param])
         ]
         if switched:
             # theta_hat can only be undone with the buffers that made it.
             self._swap(to_predicted=False)
-        for param, state, options in switched:
-            follow_options(self.rule, param, state, options)
+        for param, state in switched:
+            follow_options(self.rule, param, state, options[param])
