@@ -3,6 +3,7 @@ PYTHON ?= python3
 # A release that pip finds as a CPU build where one is offered; TORCH=torch takes the index's newest.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+BEHAVIOUR := $(addprefix tests/test_,reference.py numeric.py swap.py parity.py launch.py state.py step.py traps.py)
 
 .PHONY: demo test lint bench clean
 
@@ -16,8 +17,10 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/python benchmarks/convergence.py
 
+# The second run has the reference back end alone: the tests of behaviour, once more.
 test: .venv/.ready lint
 	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --only-backend torch $(BEHAVIOUR)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
