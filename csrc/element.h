@@ -1,0 +1,131 @@
+// What a launch does to one element, or to a SIMD vector of elements, whatever the rule: restore, decay, update,
+// predict. No loads, no stores; the drivers of all C++ back ends call run_element between theirs.
+#pragma once
+
+#include "rules.h"
+
+namespace xgrad {
+inline namespace XGRAD_ISA {
+
+template <class S> struct StepHyper {
+  S grad_sign, weight_decay, decay_factor, step_size, shift, shift_prev;
+};
+
+// One row by name: the columns of `Rule.columns` (xgrad_optim/rule.py); `prev` undoes the last prediction.
+template <class Rule, class S>
+struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template DirectionHyper<S> {
+  typename Rule::template DirectionHyper<S> prev;
+
+  XGRAD_HD explicit Hyper(const S* row) {
+    read(row, static_cast<StepHyper<S>&>(*this));
+    read(row, static_cast<typename Rule::template AccumulateHyper<S>&>(*this));
+    read(row, static_cast<typename Rule::template DirectionHyper<S>&>(*this));
+    read(row, prev);
+  }
+
+  // An empty struct has a size of 1 and no columns.
+  template <class Part> static constexpr int columns_of() { return sizeof(Part) / sizeof(S); }
+
+  static constexpr int kNumColumns = columns_of<StepHyper<S>>() +
+                                     columns_of<typename Rule::template AccumulateHyper<S>>() +
+                                     2 * columns_of<typename Rule::template DirectionHyper<S>>();
+
+ private:
+  template <class Part> XGRAD_HD static void read(const S*& row, Part& part) {
+    constexpr int kColumns = columns_of<Part>();
+    if (kColumns != 0) std::memcpy(&part, row, kColumns * sizeof(S));
+    row += kColumns;
+  }
+};
+
+// The buffers that a launch has; the same for all its elements.
+struct Buffers {
+  bool has_grad;  // else it is a swap
+  bool has_max_exp_avg_sq;
+  bool has_master_weights;
+};
+
+template <class Rule, class T> struct Element {
+  T param, grad, state[Rule::kNumStates], max_exp_avg_sq, master_weights;
+};
+
+// delta; amsgrad's running maximum stands in for the second moment.
+template <class Rule, class T, class DirectionHyper>
+XGRAD_HD T direction_of(const Element<Rule, T>& element, const DirectionHyper& hyper, Buffers buffers) {
+  if constexpr (Rule::kSecondMoment >= 0) {
+    if (buffers.has_max_exp_avg_sq) {
+      T state[Rule::kNumStates];
+      for (int i = 0; i < Rule::kNumStates; ++i) state[i] = element.state[i];
+      state[Rule::kSecondMoment] = element.max_exp_avg_sq;
+      return Rule::direction(state, hyper);
+    }
+  }
+  return Rule::direction(element.state, hyper);
+}
+
+// theta = R(theta_hat + d): exact, because theta_hat was made from a theta for which it is.
+template <class Rule, class Param, class T, class Hyper>
+XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
+  using Number = Numeric<T>;
+  const bool is_shifted = hyper.shift_prev != 0;  // 0 * delta may be NaN, which must not reach the weights
+  T displacement{};
+  if (is_shifted) displacement = hyper.shift_prev * direction_of(element, hyper.prev, buffers);
+  if (!buffers.has_master_weights) {
+    if (!is_shifted) return element.param;
+    return Number::template round<Param>(element.param + Number::template round<Param>(displacement));
+  }
+  // The master stands where the parameter still holds what it made of it; a foreign write there counts.
+  T expected = element.master_weights, edited = element.param;
+  if (is_shifted) {
+    expected = expected - displacement;
+    edited = edited + displacement;
+  }
+  return Number::template round<Param>(expected) == element.param ? element.master_weights : edited;
+}
+
+// Weight decay, the rule's own step, theta - step_size * delta. The state is rounded to what will be stored before
+// delta is taken of it, so that delta can be computed again.
+template <class Rule, class State, class T, class Hyper>
+XGRAD_HD T update(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
+  T grad = hyper.grad_sign * element.grad;
+  if (hyper.weight_decay != 0) grad = grad + hyper.weight_decay * theta;
+  theta = theta * hyper.decay_factor;
+  Rule::accumulate(grad, element.state, hyper);
+  if constexpr (Rule::kSecondMoment >= 0) {
+    if (buffers.has_max_exp_avg_sq) {
+      const T largest = maximum(element.max_exp_avg_sq, element.state[Rule::kSecondMoment]);
+      element.max_exp_avg_sq = Numeric<T>::template round<State>(largest);
+    }
+  }
+  for (T& values : element.state) values = Numeric<T>::template round<State>(values);
+  return theta - hyper.step_size * direction_of(element, hyper, buffers);
+}
+
+// theta_hat = R(theta - d), from the theta next to it that survives the round trip.
+template <class Rule, class Param, class T, class Hyper>
+XGRAD_HD T predict(T theta, const Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
+  using Number = Numeric<T>;
+  if (hyper.shift == 0) return theta;
+  const T displacement = hyper.shift * direction_of(element, hyper, buffers);
+  if (buffers.has_master_weights) return theta - displacement;
+  const T d = Number::template round<Param>(displacement);
+  const T there = Number::template round<Param>(theta - d);
+  const T and_back = Number::template round<Param>(there + d);
+  return and_back - d;
+}
+
+// Param and State are the storage types; the element's numbers go in and come out as the storage holds them, but for
+// `param`, which the store rounds.
+template <class Rule, class Param, class State, class T, class Hyper>
+XGRAD_HD void run_element(Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
+  T theta = restore<Rule, Param>(element, hyper, buffers);
+  if (buffers.has_grad) {
+    theta = update<Rule, State>(theta, element, hyper, buffers);
+    if (!buffers.has_master_weights) theta = Numeric<T>::template round<Param>(theta);
+  }
+  element.master_weights = theta;
+  element.param = predict<Rule, Param>(theta, element, hyper, buffers);
+}
+
+}  // namespace XGRAD_ISA
+}  // namespace xgrad

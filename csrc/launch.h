@@ -1,0 +1,35 @@
+// The C++ view of a Launch (xgrad_optim/launch.py): plain structs over its tables, nothing that depends on a device.
+#pragma once
+
+#include <cstdint>
+
+namespace xgrad {
+
+// Columns of the address table. A slot that the launch does not use holds 0, and so does the whole line of a tensor
+// that the kernel must pass over.
+enum Slot : int { kParam, kGrad, kState0, kState1, kMaxExpAvgSq, kMasterWeights, kNumSlots };
+
+enum class RuleId { kSgdm, kAdam, kAdaBelief, kAdaM3 };
+
+enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// Elements [index * chunk_size, (index + 1) * chunk_size) of one tensor, as far as it goes.
+struct Chunk {
+  int32_t tensor;
+  int32_t index;
+};
+
+struct Launch {
+  const int64_t* addresses;  // [n_tensors, kNumSlots]
+  const int64_t* numels;     // [n_tensors], in real numbers
+  const int32_t* row_of;     // [n_tensors]
+  const void* rows;          // [n_rows, n_columns] in the compute type
+  int64_t n_columns;
+  const Chunk* chunks;  // [n_chunks]
+  int64_t chunk_size;
+};
+
+// Runs chunks [begin, end) of a launch; which rule, dtypes and instructions is what tells kernels apart.
+using Kernel = void (*)(const Launch& launch, int64_t begin, int64_t end);
+
+}  // namespace xgrad

@@ -1,0 +1,106 @@
+// Numbers as the rules see them: storage types, and conversions and a square root that each round once.
+//
+// Written over a float type F and an unsigned integer type U of as many bits, so that the same text serves one element
+// (float, uint32_t), on a host or a device, and a SIMD vector of them (simd.h).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define XGRAD_HD __host__ __device__ __forceinline__
+#else
+#define XGRAD_HD inline __attribute__((always_inline))
+#endif
+
+// Each build for an instruction set keeps its functions in a namespace of its own: were their names the same, the
+// linker would keep one copy for all, and it could be one that this machine can't execute.
+#ifndef XGRAD_ISA
+#define XGRAD_ISA baseline
+#endif
+
+namespace xgrad {
+inline namespace XGRAD_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class Storage> struct ComputeType {
+  using Type = float;
+};
+template <> struct ComputeType<double> {
+  using Type = double;
+};
+template <class Storage> using Compute = typename ComputeType<Storage>::Type;
+
+template <class To, class From> XGRAD_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// 16 bits, in the low half of a U, to the float that they are; exact.
+template <class F, class U> XGRAD_HD F widen(U half, BFloat16) { return bit_cast<F>(half << 16); }
+
+template <class F, class U> XGRAD_HD F widen(U half, Float16) {
+  const U sign = (half & 0x8000u) << 16;
+  const U magnitude = (half & 0x7FFFu) << 13;
+  const U normal = magnitude + (112u << 23);                 // the exponent's bias grows from 15 to 127
+  const U special = magnitude + (224u << 23);                // infinity and NaN: the largest exponent stays the largest
+  const F shifted = bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f;  // a subnormal is an offset from the least normal
+  const U is_normal_or_special = magnitude >= (1u << 23) ? normal : bit_cast<U>(shifted);
+  return bit_cast<F>(sign | (magnitude >= (31u << 23) ? special : is_normal_or_special));
+}
+
+// A float to the nearest 16-bit number, ties to even; any NaN to the quiet one that torch writes.
+template <class U, class F> XGRAD_HD U narrow(F x, BFloat16) {
+  const U bits = bit_cast<U>(x);
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const U quiet_nan = U{} + 0x7FC0u;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded;
+}
+
+template <class U, class F> XGRAD_HD U narrow(F x, Float16) {
+  const U bits = bit_cast<U>(x);
+  const U sign = (bits & 0x80000000u) >> 16;
+  const U magnitude = bits & 0x7FFFFFFFu;
+  const U normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 aligns the last bit with that of a subnormal half, and the addition itself rounds.
+  const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - (126u << 23);
+  const U infinity = U{} + 0x7C00u;
+  const U quiet_nan = U{} + 0x7E00u;
+  const U special = magnitude > 0x7F800000u ? quiet_nan : infinity;
+  const U finite = magnitude < (113u << 23) ? subnormal : normal;
+  return sign | (magnitude >= (143u << 23) ? special : finite);
+}
+
+// What the rules ask of a number type. The scalars' here; a SIMD vector's is in simd.h.
+template <class T> struct Numeric;
+
+template <> struct Numeric<double> {
+  XGRAD_HD static double square_root(double x) { return std::sqrt(x); }
+  template <class Storage> XGRAD_HD static double round(double x) { return x; }
+};
+
+template <> struct Numeric<float> {
+  XGRAD_HD static float square_root(float x) { return sqrtf(x); }
+  XGRAD_HD static float round_as(float x, float) { return x; }
+  template <class Half> XGRAD_HD static float round_as(float x, Half half) {
+    return widen<float>(narrow<uint32_t>(x, half), half);
+  }
+  // The nearest number that Storage can hold.
+  template <class Storage> XGRAD_HD static float round(float x) { return round_as(x, Storage{}); }
+};
+
+// NaN where either is, as torch.maximum.
+template <class T> XGRAD_HD T maximum(T a, T b) { return a != a ? a : (a > b ? a : b); }
+
+}  // namespace XGRAD_ISA
+}  // namespace xgrad

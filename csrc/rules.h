@@ -1,0 +1,97 @@
+// Each rule's math, once for every C++ back end: functions of one element, or of a SIMD vector of elements, in the
+// order of operations of the numeric contract. No loads, no stores, nothing of torch.
+//
+// T is a number or a vector of numbers, S the number. Compile with -ffp-contract=off (CUDA: -fmad=false).
+//
+// A rule declares the columns of its rows (`accumulate_columns`, `direction_columns` of xgrad_optim/rule.py, in order)
+//   accumulate(grad, state, hyper)   advance the state with this gradient
+//   direction(state, hyper)          delta, the update direction
+#pragma once
+
+#include "numeric.h"
+
+namespace xgrad {
+inline namespace XGRAD_ISA {
+
+// SGD with momentum. A momentum of 0 starts the buffer afresh.
+struct Sgdm {
+  static constexpr int kMomentumBuffer = 0, kNumStates = 1;
+  static constexpr int kSecondMoment = -1;  // no amsgrad
+
+  template <class S> struct AccumulateHyper {
+    S momentum, one_minus_dampening;
+  };
+  template <class S> struct DirectionHyper {};
+
+  template <class T, class Hyper> XGRAD_HD static void accumulate(T grad, T (&state)[kNumStates], const Hyper& hyper) {
+    T& momentum_buffer = state[kMomentumBuffer];
+    if (hyper.momentum == 0) {
+      momentum_buffer = grad;
+    } else {
+      momentum_buffer = hyper.momentum * momentum_buffer + hyper.one_minus_dampening * grad;
+    }
+  }
+
+  template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper&) {
+    return state[kMomentumBuffer];
+  }
+};
+
+// What the Adam family shares: two moments, the first of which is a running mean of the gradient.
+struct TwoMoments {
+  static constexpr int kExpAvg = 0, kExpAvgSq = 1, kNumStates = 2;
+  static constexpr int kSecondMoment = kExpAvgSq;  // amsgrad keeps the running maximum of it
+};
+
+struct Adam : TwoMoments {
+  template <class S> struct AccumulateHyper {
+    S one_minus_beta1, beta2, one_minus_beta2;
+  };
+  template <class S> struct DirectionHyper {
+    S rsqrt_bias_correction2, eps;
+  };
+
+  template <class T, class Hyper> XGRAD_HD static void accumulate(T grad, T (&state)[kNumStates], const Hyper& hyper) {
+    T &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
+    exp_avg = exp_avg + hyper.one_minus_beta1 * (grad - exp_avg);
+    exp_avg_sq = hyper.beta2 * exp_avg_sq + hyper.one_minus_beta2 * (grad * grad);
+  }
+
+  template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
+    const T root = Numeric<T>::square_root(state[kExpAvgSq]);
+    return state[kExpAvg] / (root * hyper.rsqrt_bias_correction2 + hyper.eps);
+  }
+};
+
+// AdaBelief (Zhuang et al. 2020, Algorithm 2): the second moment is of the surprise, grad - exp_avg.
+struct AdaBelief : Adam {
+  template <class T, class Hyper> XGRAD_HD static void accumulate(T grad, T (&state)[kNumStates], const Hyper& hyper) {
+    T &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
+    exp_avg = exp_avg + hyper.one_minus_beta1 * (grad - exp_avg);
+    const T surprise = grad - exp_avg;
+    exp_avg_sq = hyper.beta2 * exp_avg_sq + hyper.one_minus_beta2 * (surprise * surprise) + hyper.eps;
+  }
+};
+
+// AdaM3 (arXiv 2106.11514): the second moment is of the momentum.
+struct AdaM3 : TwoMoments {
+  template <class S> struct AccumulateHyper {
+    S one_minus_beta1, beta2, one_minus_beta2, eps;
+  };
+  template <class S> struct DirectionHyper {
+    S rsqrt_bias_correction2;
+  };
+
+  template <class T, class Hyper> XGRAD_HD static void accumulate(T grad, T (&state)[kNumStates], const Hyper& hyper) {
+    T &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
+    exp_avg = exp_avg + hyper.one_minus_beta1 * (grad - exp_avg);
+    exp_avg_sq = hyper.beta2 * exp_avg_sq + hyper.one_minus_beta2 * (exp_avg * exp_avg) + hyper.eps;
+  }
+
+  template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
+    return state[kExpAvg] / (Numeric<T>::square_root(state[kExpAvgSq]) * hyper.rsqrt_bias_correction2);
+  }
+};
+
+}  // namespace XGRAD_ISA
+}  // namespace xgrad

@@ -1,0 +1,203 @@
+"""No address outlives what it was the address of, what is written is known to autograd, and bad tables are refused.
+
+Gradients, state, parameters and their storages are replaced between steps, as trainers do.
+"""
+
+import warnings
+
+import pytest
+import torch
+from twins import REASON, Twins, needs_library
+
+from xgrad_optim import XAdamW, backend_native, backend_torch
+from xgrad_optim import launch as launch_module
+
+
+def _warm() -> Twins:
+    twins = Twins(XAdamW, [torch.randn(5000)], lr=0.1)
+    twins.step([torch.randn(5000)])
+    twins.step([torch.randn(5000)])
+    return twins
+
+
+def _replace_gradient(param, state):
+    param.grad = torch.linspace(0, 1, 5000)
+
+
+def _free_gradient(param, state):
+    param.grad = None
+    torch.full((5000,), float("nan"))  # takes the freed memory
+    param.grad = torch.linspace(0, 1, 5000)
+
+
+def _swap_gradients_data(param, state):
+    param.grad.data = torch.linspace(0, 1, 5000)
+
+
+def _swap_parameters_data(param, state):
+    param.data = param.data.clone()
+
+
+def _swap_states_data(param, state):
+    state["exp_avg"].data = state["exp_avg"].data * 2
+
+
+def _replace_state(param, state):
+    state["exp_avg_sq"] = state["exp_avg_sq"] + 0.5
+
+
+def _spread_state(param, state):
+    state["exp_avg"].data = state["exp_avg"].repeat_interleave(2)[::2]
+
+
+def _shrink_storage_and_back(param, state):
+    values = state["exp_avg"].clone()
+    state["exp_avg"].untyped_storage().resize_(0)
+    state["exp_avg"].untyped_storage().resize_(5000 * 4)
+    state["exp_avg"].copy_(values)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_gradient,
+        _free_gradient,
+        _swap_gradients_data,
+        _swap_parameters_data,
+        _swap_states_data,
+        _replace_state,
+        _spread_state,
+        _shrink_storage_and_back,
+    ],
+)
+def test_what_is_replaced_between_steps_is_used(change):
+    twins = _warm()
+    for name, (param,) in twins.params.items():
+        param.grad = torch.zeros(5000)
+        change(param, twins.optimizers[name].state[param])
+    twins.do(lambda optimizer: optimizer.step())
+    assert twins.params["cpu"][0].grad.abs().sum() > 0 or "gradient" not in change.__name__
+    twins.do(lambda optimizer: optimizer.eval())
+
+
+@needs_library
+def test_zero_grad_and_load_state_dict_between_steps():
+    twins = _warm()
+    for set_to_none in (True, False):
+        twins.do(lambda optimizer, set_to_none=set_to_none: optimizer.zero_grad(set_to_none))
+        twins.step([torch.randn(5000)])
+        twins.do(lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()))
+        twins.step([torch.randn(5000)])
+
+
+@needs_library
+def test_parameter_that_changes_dtype_between_steps():
+    twins = _warm()
+    for (param,) in twins.params.values():
+        param.data = param.data.to(torch.bfloat16)
+        param.grad = torch.ones(5000, dtype=torch.bfloat16)
+    twins.do(lambda optimizer: optimizer.step())
+
+
+@needs_library
+def test_gradients_are_read_only():
+    param = torch.nn.Parameter(torch.randn(1000))
+    param.grad = torch.randn(1000)
+    before = param.grad.clone()
+    XAdamW([param], backend="cpu", maximize=True, weight_decay=0.1).step()
+    assert torch.equal(param.grad, before)
+
+
+@needs_library
+@pytest.mark.parametrize("write", ["step", "eval", "train"])
+def test_autograd_sees_the_write(write):
+    weight = torch.nn.Parameter(torch.randn(4))
+    optimizer = XAdamW([weight], backend="cpu", master_weights=True)
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    if write == "train":
+        optimizer.eval()
+    loss = (weight * weight).sum()
+    getattr(optimizer, write)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_library
+def test_a_step_bumps_every_written_tensor_and_no_gradient():
+    param = torch.nn.Parameter(torch.randn(4))
+    param.grad = torch.ones(4)
+    optimizer = XAdamW([param], backend="cpu", amsgrad=True, master_weights=True)
+    optimizer.step()
+    buffers = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weights")
+    written = [param, *(optimizer.state[param][key] for key in buffers)]
+    before, grads_version = [t._version for t in written], param.grad._version
+    optimizer.step()
+    assert all(t._version > version for t, version in zip(written, before, strict=True))
+    assert param.grad._version == grads_version
+
+
+@needs_library
+def test_chosen_by_default_and_on_demand():
+    for options in ({}, {"backend": "cpu"}, {"fused": True}):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = XAdamW([param], **options)
+        optimizer.step()
+        assert optimizer._cache.launches[0].backend is backend_native
+
+
+@needs_library
+def test_the_operator_refuses_tables_that_lead_outside():
+    def call(**changes):
+        tables = launch_module.Tables([8], [0], chunk_size=4)
+        values = {key: getattr(tables, key) for key in ("addresses", "numels", "row_of", "chunks", "tasks")}
+        values |= {"rows": torch.zeros(1, 8), "chunk_size": 4, "rule": "sgdm", "isa": ""}
+        values |= {"param_dtype": torch.float32, "state_dtype": torch.float32, **changes}
+        torch.ops.xgrad_optim.multi_tensor_cpu(**values)
+
+    call()  # addresses of 0 are passed over
+    for message, changes in {
+        "no rule": {"rule": "adan"},
+        "instruction set": {"isa": "mmx"},
+        "no kernel": {"state_dtype": torch.float64},
+        "rows must be": {"rows": torch.zeros(1, 8, dtype=torch.float64)},
+        "has 8 columns": {"rows": torch.zeros(1, 9)},
+        "has row 3": {"row_of": torch.tensor([3], dtype=torch.int32)},
+        "outside": {"chunks": torch.tensor([[0, 0], [0, 2]], dtype=torch.int32)},
+        "tasks must cover": {"tasks": torch.tensor([0, 5])},
+        "chunk_size": {"chunk_size": 0},
+        "number of tensors": {"numels": torch.tensor([8, 8])},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call(**changes)
+
+
+@needs_library
+def test_fake_tensors_are_accepted():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors, numels = [torch.zeros(2)], torch.tensor([2])
+        table = torch.zeros(1, 6, dtype=torch.int64)
+        assert torch.ops.xgrad_optim.fill_addresses(tensors, [0], [torch.float32], numels, table) == 1
+        chunks, tasks = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 1])
+        shape = (table, numels, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 8), chunks, tasks, 16)
+        torch.ops.xgrad_optim.multi_tensor_cpu(*shape, "sgdm", torch.float32, torch.float32, "")
+
+
+def test_why_not():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = XAdamW([param], backend="torch")
+    optimizer.step()
+    launch = optimizer._cache.launches[0]
+    assert launch.backend is backend_torch and backend_native.why_not(launch) is None
+    launch.device = torch.device("meta")
+    assert "meta" in backend_native.why_not(launch)
+    launch.device, launch.state_dtype = torch.device("cpu"), torch.float16
+    assert "float16" in backend_native.why_not(launch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend_native.unavailable() == REASON

@@ -1,0 +1,178 @@
+"""Compile the native library: ahead of time for setup.py, or at first use into torch's extension cache.
+
+It knows nothing of the rest of the package, so that setup.py can load it by its path.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+TARGET_VERSION = "0x020a000000000000"
+"""The stable ABI of torch 2.10, the first that has parallel_for: the library runs on this torch and all later ones."""
+
+_PACKAGE = Path(__file__).resolve().parent
+_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+_ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+}
+_TIMEOUT = 600.0
+"""Seconds for the whole build; it takes about ten on two cores."""
+
+
+def source_directory() -> Path:
+    """Inside an installed package, beside the package in a checkout."""
+    inside = _PACKAGE / "csrc"
+    return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
+
+
+def sources() -> list[Path]:
+    """What is compiled; multi_tensor_cpu.cpp once for each instruction set."""
+    return [source_directory() / name for name in ("bindings.cpp", "tensor_table.cpp", "multi_tensor_cpu.cpp")]
+
+
+def headers() -> list[Path]:
+    return sorted(source_directory().glob("*.h"))
+
+
+def compile_args() -> list[str]:
+    """Flags of every source. Never -ffast-math: it also turns off subnormals for the process that loads the library."""
+    return [*_FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+
+
+def library_name() -> str:
+    """Named after all that it is made from, so that a name that exists is a library that is current."""
+    digest = hashlib.sha256(repr((compile_args(), _isas(), sys.platform, platform.machine())).encode())
+    for path in (*sources(), *headers()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"libxgrad_optim-{digest.hexdigest()[:16]}.so"
+
+
+def find_or_build() -> Path:
+    """The current library: the one installed with the package, else the cached one, else a new one in the cache.
+
+    Raises:
+        RuntimeError: it can't be built; the text says why.
+    """
+    _torch_directory()
+    try:
+        name = library_name()
+    except OSError as error:
+        raise RuntimeError(f"the C++ sources are missing: {error}") from None
+    for directory in (_PACKAGE, cache_directory()):
+        if (directory / name).is_file():
+            return directory / name
+    return build(cache_directory())
+
+
+def build(directory: Path | str) -> Path:
+    """Compile the library into `directory`, whole or not at all, one process at a time; returns its path.
+
+    Raises:
+        RuntimeError: no compiler, a compiler's error, or a directory that can't be written.
+    """
+    directory = Path(directory)
+    target = directory / library_name()
+    compiler = find_compiler()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _lock(directory / f"{target.name}.lock"):
+            if not target.is_file():
+                with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as scratch:
+                    _compile(compiler, Path(scratch), target.name)
+                    os.replace(Path(scratch) / target.name, target)
+    except OSError as error:
+        raise RuntimeError(f"the library can't be built in {directory}: {error}") from None
+    return target
+
+
+def cache_directory() -> Path:
+    """Where torch puts extensions, $TORCH_EXTENSIONS_DIR first; one folder for every torch, as the ABI is stable."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        root = os.path.join(home, "torch_extensions")
+    return Path(root) / "xgrad_optim"
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command line: $CXX, or the first one on the PATH."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for command in [wanted] if wanted else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    missing = " ".join(wanted) or "g++ or clang++"
+    raise RuntimeError(f"there is no C++ compiler ({missing} not found); install one or set CXX")
+
+
+def _isas() -> dict[str, tuple[str, ...]]:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return _ISA_FLAGS
+    return {"baseline": ()}
+
+
+def _compile(compiler: list[str], scratch: Path, name: str) -> None:
+    torch = _torch_directory()
+    objects: dict[str, list[str]] = {}
+    for source in sources():
+        variants = _isas() if source.name == "multi_tensor_cpu.cpp" else {"": ()}
+        for isa, flags in variants.items():
+            isa_flags = [f"-DXGRAD_ISA={isa}", *flags] if isa else []
+            include = [f"-I{torch / 'include'}"]
+            output = f"{source.stem}{isa}.o"
+            objects[output] = [*compiler, *compile_args(), *isa_flags, *include, "-c", str(source), "-o", output]
+    link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", name]
+    _run(scratch, objects, name, link)
+
+
+def _run(scratch: Path, objects: dict[str, list[str]], name: str, link: list[str]) -> None:
+    """With ninja the objects are compiled in parallel, without it one after the other."""
+    ninja = shutil.which("ninja", path=os.pathsep.join((os.environ.get("PATH", ""), sysconfig.get_path("scripts"))))
+    commands = [*objects.values(), link]
+    if ninja is not None:
+        lines = ["rule run", "  command = $line"]
+        for output, command in {**objects, name: link}.items():
+            inputs = " ".join(objects) if output == name else ""
+            line = shlex.join(command).replace("$", "$$")
+            lines += [f"build {output}: run {inputs}", f"  line = {line}"]
+        (scratch / "build.ninja").write_text("\n".join(lines) + "\n")
+        commands = [[ninja]]
+    for command in commands:
+        try:
+            done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the compiler did not finish in {_TIMEOUT:.0f} seconds") from None
+        if done.returncode != 0:
+            raise RuntimeError(f"compiling failed:\n{(done.stdout + done.stderr).strip()}")
+
+
+def _torch_directory() -> Path:
+    """Where torch's headers and libraries are."""
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 10):
+        raise RuntimeError(f"it needs torch 2.10 or newer, this is {torch.__version__}")
+    return Path(torch.__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time, and released by the system should it die."""
+    try:
+        import fcntl
+    except ImportError:
+        raise RuntimeError(f"it is not built on {sys.platform}") from None
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
