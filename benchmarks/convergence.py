@@ -95,7 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="of: %(choices)s; default all")
     add("--optimizers", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help="of: %(choices)s; default all")
-    add("--seeds", type=seed_count, default=4, metavar="N", help="paired seeds, from 0; default %(default)s")
+    add("--seeds", type=seed_count, default=5, metavar="N", help="paired seeds, from 0; default %(default)s")
     add("--scale", type=positive, default=1.0, help="factor on the steps of every run; default %(default)s")
     add("--prediction-steps", type=non_negative, default=1.0, metavar="S", help="of the X classes; default %(default)s")
     add("--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:1, mps ...; default %(default)s")
