@@ -92,7 +92,7 @@ void check_launch(const Launch& launch, int64_t n_tensors, int64_t n_rows, int64
 // Steps or swaps every tensor of a Launch, except those whose addresses are 0. `tasks` are the bounds, in chunks, of
 // about equal portions of work. The result depends on neither the portions nor the threads.
 void multi_tensor_cpu(Tensor addresses, Tensor numels, Tensor row_of, Tensor rows, Tensor chunks, Tensor tasks,
-                      int64_t chunk_size, std::string rule, ScalarType param_dtype, ScalarType state_dtype,
+                      int64_t chunk_size, bool trusts_master, std::string rule, ScalarType param_dtype, ScalarType state_dtype,
                       std::string isa) {
   const Kernel kernel = find_kernel(rule_of(rule), dtype_of(param_dtype), dtype_of(state_dtype), isa);
   STD_TORCH_CHECK(kernel, "multi_tensor_cpu: no kernel for parameters of dtype ", static_cast<int>(param_dtype),
@@ -112,7 +112,7 @@ void multi_tensor_cpu(Tensor addresses, Tensor numels, Tensor row_of, Tensor row
   STD_TORCH_CHECK(rows.size(1) == n_columns, "multi_tensor_cpu: the rule \"", rule, "\" has ", n_columns,
                   " columns, the rows have ", rows.size(1));
   const Launch launch{data<int64_t>(addresses), data<int64_t>(numels), data<int32_t>(row_of), rows.const_data_ptr(),
-                      rows.size(1),             data<Chunk>(chunks),   chunk_size};
+                      rows.size(1),             data<Chunk>(chunks),   chunk_size, trusts_master};
   check_launch(launch, n_tensors, rows.size(0), n_chunks);
   const int64_t* bounds = data<int64_t>(tasks);
   STD_TORCH_CHECK(n_tasks >= 0 && bounds[0] == 0 && bounds[n_tasks] == n_chunks &&
@@ -138,7 +138,7 @@ STABLE_TORCH_LIBRARY(xgrad_optim, library) {
       "fill_addresses(Tensor[] tensors, int[] slots, ScalarType[] dtypes, Tensor numels, Tensor(a!) addresses) -> int");
   library.def(
       "multi_tensor_cpu(Tensor addresses, Tensor numels, Tensor row_of, Tensor rows, Tensor chunks, Tensor tasks, "
-      "int chunk_size, str rule, ScalarType param_dtype, ScalarType state_dtype, str isa) -> ()");
+      "int chunk_size, bool trusts_master, str rule, ScalarType param_dtype, ScalarType state_dtype, str isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xgrad_optim, CompositeExplicitAutograd, library) {

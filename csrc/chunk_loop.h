@@ -18,9 +18,10 @@ template <class Rule, class Param, class State> struct Place {
   State* state[Rule::kNumStates];
   State* max_exp_avg_sq;
   T* master_weights;
+  bool trusts_master;
 
   // `offset` elements on from the addresses of one tensor, by slot.
-  XGRAD_HD Place(const int64_t* addresses, int64_t offset) {
+  XGRAD_HD Place(const int64_t* addresses, int64_t offset, bool trusts) : trusts_master(trusts) {
     param = at<Param>(addresses[kParam], offset);
     grad = at<const Param>(addresses[kGrad], offset);
     for (int i = 0; i < Rule::kNumStates; ++i) state[i] = at<State>(addresses[kState0 + i], offset);
@@ -32,11 +33,13 @@ template <class Rule, class Param, class State> struct Place {
     return address == 0 ? nullptr : reinterpret_cast<Storage*>(address) + offset;
   }
 
-  XGRAD_HD Buffers buffers() const { return {grad != nullptr, max_exp_avg_sq != nullptr, master_weights != nullptr}; }
+  XGRAD_HD Buffers buffers() const {
+    return {grad != nullptr, max_exp_avg_sq != nullptr, master_weights != nullptr, trusts_master};
+  }
 
   XGRAD_HD Element<Rule, Vector<T>> load() const {
     Element<Rule, Vector<T>> element{};
-    element.param = Number::load(param);
+    if (!trusts_master) element.param = Number::load(param);
     if (grad) element.grad = Number::load(grad);
     for (int i = 0; i < Rule::kNumStates; ++i) element.state[i] = Number::load(state[i]);
     if (max_exp_avg_sq) element.max_exp_avg_sq = Number::load(max_exp_avg_sq);
@@ -63,7 +66,8 @@ XGRAD_HD void run_vector(const Place<Rule, Param, State>& place, const Hyper<Rul
 
 // The last elements of a tensor, too few for a vector, run in a vector's worth of memory of every buffer.
 template <class Rule, class Param, class State>
-void run_tail(const int64_t* addresses, int64_t offset, int64_t count, const Hyper<Rule, Compute<Param>>& hyper) {
+void run_tail(const int64_t* addresses, int64_t offset, int64_t count, const Hyper<Rule, Compute<Param>>& hyper,
+              bool trusts_master) {
   constexpr int64_t kParamSize = sizeof(Param), kStateSize = sizeof(State), kMasterSize = sizeof(Compute<Param>);
   constexpr int64_t kSizes[kNumSlots] = {kParamSize, kParamSize, kStateSize, kStateSize, kStateSize, kMasterSize};
   alignas(kVectorBytes) char memory[kNumSlots][kVectorBytes] = {};
@@ -74,7 +78,7 @@ void run_tail(const int64_t* addresses, int64_t offset, int64_t count, const Hyp
     std::memcpy(memory[slot], home, count * kSizes[slot]);
     copies[slot] = reinterpret_cast<int64_t>(memory[slot]);
   }
-  run_vector(Place<Rule, Param, State>(copies, 0), hyper);
+  run_vector(Place<Rule, Param, State>(copies, 0, trusts_master), hyper);
   for (int slot = 0; slot < kNumSlots; ++slot) {
     const bool is_state = kState0 <= slot && slot <= kMaxExpAvgSq;
     const bool is_written = slot != kGrad && !(is_state && addresses[kGrad] == 0);
@@ -85,11 +89,14 @@ void run_tail(const int64_t* addresses, int64_t offset, int64_t count, const Hyp
 }
 
 template <class Rule, class Param, class State>
-void run_chunk(const int64_t* addresses, int64_t offset, int64_t count, const Hyper<Rule, Compute<Param>>& hyper) {
+void run_chunk(const int64_t* addresses, int64_t offset, int64_t count, const Hyper<Rule, Compute<Param>>& hyper,
+               bool trusts_master) {
   constexpr int64_t kLength = kLanes<Compute<Param>>;
   const int64_t whole = count / kLength * kLength;
-  for (int64_t i = 0; i < whole; i += kLength) run_vector(Place<Rule, Param, State>(addresses, offset + i), hyper);
-  if (whole < count) run_tail<Rule, Param, State>(addresses, offset + whole, count - whole, hyper);
+  for (int64_t i = 0; i < whole; i += kLength) {
+    run_vector(Place<Rule, Param, State>(addresses, offset + i, trusts_master), hyper);
+  }
+  if (whole < count) run_tail<Rule, Param, State>(addresses, offset + whole, count - whole, hyper, trusts_master);
 }
 
 template <class Rule, class Param, class State> void run_chunks(const Launch& launch, int64_t begin, int64_t end) {
@@ -102,7 +109,10 @@ template <class Rule, class Param, class State> void run_chunks(const Launch& la
     const int64_t rest = launch.numels[tensor] - offset;
     const int64_t count = rest < launch.chunk_size ? rest : launch.chunk_size;
     const S* row = static_cast<const S*>(launch.rows) + launch.row_of[tensor] * launch.n_columns;
-    run_chunk<Rule, Param, State>(addresses, offset, count, Hyper<Rule, S>(row));
+    const Hyper<Rule, S> hyper(row);
+    if (hyper.is_skipped != 0) continue;
+    const bool trusts_master = launch.trusts_master && addresses[kMasterWeights] != 0;
+    run_chunk<Rule, Param, State>(addresses, offset, count, hyper, trusts_master);
   }
 }
 

@@ -8,7 +8,7 @@ namespace xgrad {
 inline namespace XGRAD_ISA {
 
 template <class S> struct StepHyper {
-  S grad_sign, weight_decay, decay_factor, step_size, shift, shift_prev;
+  S is_skipped, grad_factor, weight_decay, decay_factor, step_size, shift, shift_prev;
 };
 
 // One row by name: the columns of `Rule.columns` (xgrad_optim/rule.py); `prev` undoes the last prediction.
@@ -43,6 +43,7 @@ struct Buffers {
   bool has_grad;  // else it is a swap
   bool has_max_exp_avg_sq;
   bool has_master_weights;
+  bool trusts_master;  // the parameters hold what was made of the master weights, so they need not be read
 };
 
 template <class Rule, class T> struct Element {
@@ -75,6 +76,7 @@ XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers 
     return Number::template round<Param>(element.param + Number::template round<Param>(displacement));
   }
   // The master stands where the parameter still holds what it made of it; a foreign write there counts.
+  if (buffers.trusts_master) return element.master_weights;
   T expected = element.master_weights, edited = element.param;
   if (is_shifted) {
     expected = expected - displacement;
@@ -87,7 +89,7 @@ XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers 
 // delta is taken of it, so that delta can be computed again.
 template <class Rule, class State, class T, class Hyper>
 XGRAD_HD T update(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  T grad = hyper.grad_sign * element.grad;
+  T grad = hyper.grad_factor * element.grad;
   if (hyper.weight_decay != 0) grad = grad + hyper.weight_decay * theta;
   theta = theta * hyper.decay_factor;
   Rule::accumulate(grad, element.state, hyper);

@@ -27,6 +27,7 @@ struct Launch {
   int64_t n_columns;
   const Chunk* chunks;  // [n_chunks]
   int64_t chunk_size;
+  bool trusts_master;
 };
 
 // Runs chunks [begin, end) of a launch; which rule, dtypes and instructions is what tells kernels apart.

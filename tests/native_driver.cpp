@@ -101,10 +101,11 @@ template <class S> std::vector<S> random_rows(int64_t n_rows, int64_t n_columns,
   for (S& coefficient : rows) coefficient = uniform(random);
   for (int64_t row = 0; row < n_rows; ++row) {
     S* columns = &rows[row * n_columns];
-    columns[0] = row % 2 ? S(-1) : S(1);           // grad_sign
-    if (row % 3 == 0) columns[1] = 0;              // weight_decay
-    if (!has_grad) columns[4 + row % 2] = 0;       // a swap goes one way: shift or shift_prev
-    if (row % 5 == 0) columns[4] = columns[5] = 0;
+    columns[0] = row == 4;                         // is_skipped
+    columns[1] = row % 2 ? S(-1) : S(1);           // grad_factor
+    if (row % 3 == 0) columns[2] = 0;              // weight_decay
+    if (!has_grad) columns[5 + row % 2] = 0;       // a swap goes one way: shift or shift_prev
+    if (row % 5 == 0) columns[5] = columns[6] = 0;
   }
   return rows;
 }
@@ -129,12 +130,13 @@ int run_case(Buffers buffers, int64_t chunk_size, std::mt19937& random) {
   addresses.resize(tensors.size() * kNumSlots);
   for (size_t i = 0; i < tensors.size(); ++i) tensors[i].fill(&addresses[i * kNumSlots], buffers);
   const std::vector<S> rows = random_rows<S>(6, kColumns, buffers.has_grad, random);
-  const Launch launch{addresses.data(), numels.data(), row_of.data(), rows.data(), kColumns, chunks.data(), chunk_size};
+  const Launch launch{addresses.data(), numels.data(), row_of.data(), rows.data(), kColumns, chunks.data(), chunk_size,
+                      buffers.trusts_master};
   run_chunks<Rule, Param, State>(launch, 0, static_cast<int64_t>(chunks.size()));
   int n_wrong = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Hyper<Rule, S> hyper(&rows[row_of[i] * kColumns]);
-    for (int64_t e = 0; e < numels[i]; ++e) expected[i].run_alone(e, hyper, buffers);
+    for (int64_t e = 0; e < numels[i] && hyper.is_skipped == 0; ++e) expected[i].run_alone(e, hyper, buffers);
     n_wrong += !tensors[i].same_bits(expected[i]);
   }
   if (n_wrong) std::printf("%d tensors differ: %s\n", n_wrong, __PRETTY_FUNCTION__);
@@ -143,9 +145,10 @@ int run_case(Buffers buffers, int64_t chunk_size, std::mt19937& random) {
 
 template <class Rule, class Param, class State> int run_dtypes(std::mt19937& random) {
   int n_wrong = 0;
-  for (int flags = 0; flags < 8; ++flags) {
-    const Buffers buffers{(flags & 1) != 0, (flags & 2) != 0 && Rule::kSecondMoment >= 0,
-                          (flags & 4) != 0 && sizeof(State) == sizeof(Compute<Param>)};
+  for (int flags = 0; flags < 16; ++flags) {
+    const bool has_master = (flags & 4) != 0 && sizeof(State) == sizeof(Compute<Param>);
+    const Buffers buffers{(flags & 1) != 0, (flags & 2) != 0 && Rule::kSecondMoment >= 0, has_master,
+                          (flags & 8) != 0 && has_master};
     for (int64_t chunk_size : {1, 50, 128}) n_wrong += run_case<Rule, Param, State>(buffers, chunk_size, random);
   }
   return n_wrong;

@@ -50,7 +50,7 @@ def test_groups_share_one_launch_and_dtypes_do_not():
     assert column(single, "step_size") == pytest.approx([1.0, 2.0, 0.01])
     assert column(single, "shift") == pytest.approx([1.0, 2.0, 0.0])
     assert column(single, "decay_factor") == pytest.approx([0.999, 1.0, 0.99999])
-    assert column(single, "grad_sign") == [1.0, -1.0, 1.0]
+    assert column(single, "grad_factor") == [1.0, -1.0, 1.0]
     assert column(single, "shift_prev") == [0.0, 0.0, 0.0]
 
 

@@ -103,6 +103,7 @@ def run(launch: Launch) -> None:
         tables.chunks,
         tables.tasks,
         tables.chunk_size,
+        launch.trusts_master,
         launch.rule.name,
         launch.dtype,
         launch.state_dtype,

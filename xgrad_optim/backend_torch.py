@@ -35,7 +35,8 @@ def run(launch: Launch) -> None:
     hypers = [_hyper(launch.rule, row) for row in launch.rows]
     scratch = _Scratch(launch.device, launch.compute_dtype)
     for block, row in _all_blocks(launch):
-        _run_block(launch.rule, block, hypers[row], scratch)
+        if not hypers[row].is_skipped:
+            _run_block(launch.rule, block, hypers[row], launch.trusts_master, scratch)
 
 
 def _all_blocks(launch: Launch) -> Iterator[tuple[dict[str, Tensor], int]]:
@@ -77,7 +78,7 @@ def _hyper(rule: Rule, row: Tensor) -> Hyper:
     hyper.prev = Hyper(**{name: getattr(hyper, f"{name}_prev") for name in rule.direction_columns})
     hyper.restores, hyper.predicts = bool(hyper.shift_prev), bool(hyper.shift)
     hyper.predicts_one_step = hyper.shift.item() == hyper.step_size.item()
-    hyper.ascends, hyper.penalizes = hyper.grad_sign.item() < 0, bool(hyper.weight_decay)
+    hyper.scales_grad, hyper.penalizes = hyper.grad_factor.item() != 1, bool(hyper.weight_decay)
     hyper.decays = hyper.decay_factor.item() != 1
     return hyper
 
@@ -120,10 +121,13 @@ class _Scratch:
         return x if dtype == self.compute_dtype else x.copy_(self.get("rounded", dtype).copy_(x))
 
 
-def _run_block(rule: Rule, block: dict[str, Tensor], hyper: Hyper, scratch: _Scratch) -> None:
+def _run_block(
+    rule: Rule, block: dict[str, Tensor], hyper: Hyper, trusts_master: bool, scratch: _Scratch
+) -> None:
     scratch.fit(block["param"].shape)
     state = {key: scratch.load(key, block[key]) for key in (*rule.state_keys, "max_exp_avg_sq") if key in block}
-    theta = _restore(rule, block, state, hyper, scratch)
+    is_master = trusts_master and "master_weights" in block
+    theta = block["master_weights"] if is_master else _restore(rule, block, state, hyper, scratch)
     delta = None
     if "grad" in block:
         delta = _update(rule, block, state, theta, hyper, scratch)
@@ -168,8 +172,8 @@ def _update(
 ) -> Tensor:
     """Weight decay, the rule's own step, theta <- R(theta - step_size * delta). Returns delta."""
     grad = scratch.load("grad", block["grad"])
-    if hyper.ascends:
-        grad = torch.mul(grad, hyper.grad_sign, out=scratch.get("grad"))
+    if hyper.scales_grad:
+        grad = torch.mul(grad, hyper.grad_factor, out=scratch.get("grad"))
     if hyper.penalizes:
         penalty = torch.mul(theta, hyper.weight_decay, out=scratch.get("delta"))
         grad = torch.add(grad, penalty, out=scratch.get("grad"))

@@ -77,6 +77,7 @@ class Launch:
         rows: `[n_rows, len(rule.columns)]` in the compute dtype, on the CPU. Tensors of one group that are in step
             share a row.
         row_of: each tensor's row.
+        trusts_master: whether every parameter still holds what was made of its master weights, so that none is read.
     """
 
     def __init__(self, rule: Rule, entries: list[Entry], positions: list[int], scalars: Scalars) -> None:
@@ -102,6 +103,7 @@ class Launch:
         self._has_version = numpy.array([not isinstance(param, DTensor) for param in self.params])
         self._group_into_rows(entries)
         self.rows = torch.empty(0)
+        self.trusts_master = False
         self._tables: Tables | None = None
         self.backend = backends.choose(self, entries[0].options)
 
@@ -187,7 +189,8 @@ def _step_row(rule: Rule, options: Options, step: float, predicted: float, *pred
     row = rule.coefficients(options, step + 1)
     weight_decay = float(options["weight_decay"])
     is_decoupled = options.get("decoupled_weight_decay", False)
-    row["grad_sign"] = -1.0 if options["maximize"] else 1.0
+    row["is_skipped"] = 0.0
+    row["grad_factor"] = -1.0 if options["maximize"] else 1.0
     row["weight_decay"] = 0.0 if is_decoupled else weight_decay
     row["decay_factor"] = 1.0 - float(options["lr"]) * weight_decay if is_decoupled else 1.0
     row["shift"] = float(options["prediction_steps"]) * row["step_size"]

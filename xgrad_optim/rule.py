@@ -16,8 +16,9 @@ Blocks = Mapping[str, Tensor]
 Hyper = SimpleNamespace
 """One row of coefficients by column name: 0-dim tensors of the compute type, which torch takes faster than numbers."""
 
-STEP_COLUMNS = ("grad_sign", "weight_decay", "decay_factor", "step_size", "shift", "shift_prev")
-"""Coefficients that every rule has; `weight_decay` is the L2 penalty, `decay_factor` the decoupled decay."""
+STEP_COLUMNS = ("is_skipped", "grad_factor", "weight_decay", "decay_factor", "step_size", "shift", "shift_prev")
+"""Coefficients that every rule has. A row with `is_skipped` leaves its tensors untouched; `grad_factor` negates for
+maximize and unscales; `weight_decay` is the L2 penalty, `decay_factor` the decoupled decay."""
 
 
 @dataclass(frozen=True)
