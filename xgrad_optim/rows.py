@@ -111,6 +111,8 @@ class DeviceRows:
 
     def advance(self) -> None:
         """Note in the state's numbers what has run, unless it was skipped."""
+        if not isinstance(self._found_inf, Tensor) and self._found_inf:
+            return
         scalars, before = self._scalars, self._scalars.tensor[:, self._members]
         is_predicted = self._to_predicted is not False
         after = before.clone()
