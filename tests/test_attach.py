@@ -152,6 +152,18 @@ def test_the_closure_of_a_step_runs_at_the_predicted_weights():
     assert optimizer.predicted
 
 
+def test_a_model_in_evaluation_mode_trains_and_evaluates_at_the_true_weights():
+    model, optimizer = attached()
+    model.eval()
+    for step in range(3, 6):
+        train_step(model, optimizer, step)
+        assert optimizer.predicted
+        theta_hat = clones(model.parameters())
+        model(X)
+        assert not optimizer.predicted
+        assert not equal(model.parameters(), theta_hat)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_recomputes_at_the_same_weights(use_reentrant):
     model, optimizer = attached()
@@ -251,6 +263,16 @@ def test_a_forward_that_raises_leaves_no_trace(error):
         model.train(not mode)
         model(X)
         assert watch.saw(weights[:2])
+
+
+def test_a_forward_that_raises_does_not_speak_for_the_next_module():
+    model, optimizer = attached()
+    theta, _ = both_weights(optimizer)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(X.T)
+    watch = Watch(model[0])
+    model.eval()[0](X)
+    assert watch.saw(theta[:2])
 
 
 def test_the_hook_comes_ahead_of_those_that_were_there():
@@ -434,13 +456,10 @@ def test_parameters_that_join_later():
 def test_trainable_parameters_without_an_attached_owner_are_refused():
     model = small_model(torch.float32)
     optimizer = XAdamW(model[0].parameters())
+    train_step(model, optimizer, 0)
     optimizer.attach(model)
     with pytest.raises(RuntimeError, match=r"2 trainable parameters of the attached model, '2.weight' the first"):
         model(X)
-    other = torch.optim.AdamW(model[2].parameters())
-    with pytest.raises(RuntimeError, match="belong to no attached optimizer"):
-        model(X)
-    del other
     model[2].requires_grad_(False)
     train_step(model, optimizer, 0)
 
