@@ -140,14 +140,23 @@ def test_a_run_resumes_bit_for_bit(make, lr, evaluates, tmp_path):
 
 
 def test_the_best_model_comes_back_as_it_was_evaluated(tmp_path):
-    """Trap 4: load_best_model_at_end loads into a model that holds theta_hat."""
     often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer, model, _ = make_trainer(tmp_path, lr=0.2, max_steps=5, load_best_model_at_end=True, **often)
     trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    saved = load_file(best / "model.safetensors")
+    saved = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
     assert all(torch.equal(saved[name], param) for name, param in model.named_parameters())
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def test_weights_loaded_after_training_are_evaluated_as_they_are(tmp_path):
+    """Trap 4: the model holds theta_hat when they come."""
+    trainer, model, optimizer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    optimizer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    model.load_state_dict(saved, strict=False)
+    weights = [saved[name] for name, _ in model.named_parameters()]
+    assert trainer.evaluate()["eval_loss"] == evaluation_of(weights, tmp_path)
 
 
 def test_the_optimizer_file_says_what_the_model_file_holds(tmp_path):
