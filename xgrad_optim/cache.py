@@ -73,6 +73,11 @@ class StepCache:
         except (TypeError, ValueError, RuntimeError):  # a foreign object in the state that was replaced
             return False
 
+    @property
+    def are_all_predicted(self) -> bool:
+        """Whether every parameter holds theta_hat, as far as the host knows."""
+        return all(scalars.are_all_predicted for scalars in self.scalars.values())
+
     def prepare(self, grads: list[Tensor]) -> bool:
         """Hand the launches a step's gradients; False where a tensor is no longer what its launch was built for."""
         return all(launch.prepare(grads) for launch in self.launches)

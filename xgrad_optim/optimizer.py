@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from xgrad_optim import backends, checkpoint
+from xgrad_optim import backends, checkpoint, hooks
 from xgrad_optim.cache import Active, StepCache
 from xgrad_optim.launch import Entry, build_launches
 from xgrad_optim.options import check_options
@@ -76,6 +76,7 @@ class XGradOptimizer(Optimizer):
         check_options(self.rule, defaults)
         backends.check_available(defaults)
         self._cache = StepCache()
+        self._switch = hooks.Switch()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,8 +85,9 @@ class XGradOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             group.update(self._fixed())
-        # An existing cache is emptied, not replaced: wrappers hold it through a copy of our __dict__.
+        # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
         self.__dict__.setdefault("_cache", StepCache()).clear()
+        self.__dict__.setdefault("_switch", hooks.Switch()).forget(is_loaded=True)
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -104,6 +106,14 @@ class XGradOptimizer(Optimizer):
                 if len(distinct) != len(params):
                     raise ValueError("a parameter appears more than once in one parameter group")
         super().add_param_group(param_group)
+        self._switch.extend()
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's. An attached optimizer first puts theta in place, as its model's state_dict does."""
+        if self._switch.attachments:
+            self.eval()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a state_dict of this class or of its torch.optim base, saved in either mode.
@@ -123,6 +133,9 @@ class XGradOptimizer(Optimizer):
             if replaced is not None:
                 state_dict = replaced
         groups, state = checkpoint.load(self.rule, self.param_groups, state_dict)
+        if self._switch.attachments:
+            # The numbers that undo the present prediction are about to go.
+            self.eval()
         # In place: wrappers and schedulers hold the same dicts.
         self.state.clear()
         self.state.update(state)
@@ -130,6 +143,7 @@ class XGradOptimizer(Optimizer):
             group.clear()
             group.update(loaded, **self._fixed())
         self._cache.clear()
+        self._switch.forget(is_loaded=True)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -155,14 +169,43 @@ class XGradOptimizer(Optimizer):
         """The parameters hold theta inside the block, and afterwards what they held before.
 
         The place to evaluate, save, average or clip: what is written to the parameters inside is written to theta.
+        Forwards of an attached model in training mode see theta too (`torch.optim.swa_utils.update_bn`).
         """
         was_predicted = self.predicted
         self.eval()
+        self._switch.pins += 1
         try:
             yield
         finally:
+            self._switch.pins -= 1
             if was_predicted:
                 self.train()
+
+    def attach(self, model: torch.nn.Module) -> hooks.Attachment:
+        """Let a model's own mode decide: in training mode a forward sees theta_hat, in evaluation mode theta.
+
+        The mode is that of the outermost module that runs, whether or not gradients are recorded. ``state_dict()`` of
+        the model, of its submodules and of this optimizer hold theta, ``load_state_dict()`` of the model sets theta;
+        each leaves theta in place until the next forward in training mode. Nothing but the mode needs to change
+        hands: a forward that finds its weights in place costs one comparison.
+
+        Attach after what replaces parameters or moves their all-gather into hooks (``fully_shard``), before or after
+        what wraps the model (``DistributedDataParallel``, ``torch.compile``). Several optimizers may attach to
+        one model, and one optimizer to several; all its parameters then change together. A module that joins the
+        model later is covered when it runs inside one that is attached; for calls of its own, attach again.
+
+        Args:
+            model: contains parameters of this optimizer. Trainable parameters that no attached optimizer owns make
+                the first forward raise RuntimeError.
+
+        Returns:
+            A handle: ``remove()`` takes the hooks off.
+
+        Raises:
+            TypeError: it is no module.
+            ValueError: it has none of this optimizer's parameters.
+        """
+        return hooks.attach(self, model)
 
     def _tracked(self) -> list[Tracked]:
         """The parameters that have taken a step, with their state and options."""
@@ -216,6 +259,9 @@ class XGradOptimizer(Optimizer):
             launch.refresh(scaling)
         for launch in launches:
             launch.run()
+        self._switch.turn(to_predicted)
+        if launches:
+            self._switch.drop_copies()
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -240,6 +286,8 @@ class XGradOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._update()
+        # Where a skipped step left theta in place, or the host can't know, the next forward has to look.
+        self._switch.turn(True if self._cache.are_all_predicted else None)
         return loss
 
     @torch.inference_mode(False)
@@ -254,7 +302,7 @@ class XGradOptimizer(Optimizer):
             launch.refresh(scaling)
         for launch in cache.launches:
             launch.run()
-        if not scaling.is_skipped_on_host and not all(scalars.are_all_predicted for scalars in cache.scalars.values()):
+        if not scaling.is_skipped_on_host and not cache.are_all_predicted:
             self._swap(to_predicted=True, but=active.params, scaling=scaling)
 
     def _scaling(self) -> Scaling:
