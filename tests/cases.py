@@ -59,9 +59,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_optimizer = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
 
 
-def small_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
+def small_model(dtype: torch.dtype = torch.float64, seed: int = 0, hidden: int = 7) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).to(dtype)
+    model = torch.nn.Sequential(torch.nn.Linear(5, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3)).to(dtype)
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * 0.5)

@@ -24,6 +24,7 @@ from xgrad_optim.state import (
     follow_options,
     follows_options,
     new_state,
+    warn_of_replaced,
 )
 
 COMMON_DOC = """\
@@ -364,6 +365,8 @@ class XGradOptimizer(Optimizer):
             for param, group in zip(active.params, options, strict=True)
             if first not in self.state.get(param, {})
         }
+        if created:
+            warn_of_replaced(self.state, [param for group in self.param_groups for param in group["params"]])
         tracked = [(param, state) for param, state, _ in self._tracked()] + list(created.items())
         scalars = self._bind([state for _, state in tracked])
         places = {param: (column, state) for column, (param, state) in enumerate(tracked)}
