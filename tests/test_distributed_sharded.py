@@ -7,12 +7,13 @@ parameter, and gathered copies of the weights that a swap does not reach.
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import every_optimizer, loss_of, small_model, train_step
 from ranks import assert_ranks_agree, on_ranks, share, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from xgrad_optim import XAdamW
 
@@ -154,3 +155,27 @@ def test_tensor_parallel_and_fsdp_together():
     model = sharded(parallelize_module(small_model(hidden=8), mesh["tensor"], PLAN), mesh=data)
     optimizer, expected = (XAdamW(each.parameters(), **OPTIONS) for each in (model, twin))
     assert_trains_alike(model, optimizer, twin, expected, slice(data.get_local_rank(), None, data.size()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@on_ranks(2)
+def test_gradients_that_are_sums_still_to_do(backend):
+    """Sequence parallelism leaves each rank its part of a norm's gradient; the weights are the same on all ranks."""
+    twin = torch.nn.LayerNorm(6, dtype=torch.float64)
+    model = torch.nn.LayerNorm(6, dtype=torch.float64)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), SequenceParallel())
+    optimizer, expected = (XAdamW(each.parameters(), **OPTIONS, backend=backend) for each in (model, twin))
+    positions = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    for _ in range(4):
+        x = torch.randn(2, 6, 6, dtype=torch.float64)
+        optimizer.zero_grad()
+        expected.zero_grad()
+        (model(x[:, positions]).to_local() ** 3).sum().backward()
+        (twin(x) ** 3).sum().backward()
+        assert model.weight.grad.placements[0].is_partial()
+        optimizer.step()
+        expected.step()
+        assert_close(model, twin)
+        assert_ranks_agree([param.to_local() for param in model.parameters()])
+    assert optimizer._cache.builds == 1
+    assert model.weight.grad.placements[0].is_partial(), "gradients are read only"

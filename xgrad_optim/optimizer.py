@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from xgrad_optim import backends, checkpoint, hooks
 from xgrad_optim.launch import Entry, Launch, build_launches
+from xgrad_optim.layout import DTensor, place_like
 from xgrad_optim.options import EXECUTION_OPTIONS, check_options
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.scalars import PREDICTED, SHIFT, Scalars
@@ -69,6 +70,10 @@ class Active(NamedTuple):
     grads: list[Tensor]
     ends: list[int]
 
+    def placed(self) -> "Active":
+        """With every gradient cut as its parameter is: tensor parallelism leaves sums over the ranks to do."""
+        return self._replace(grads=list(map(place_like, self.grads, self.params)))
+
 
 class _Cache:
     """What a step reuses of the one before: its launches, while all that they were built from is the same.
@@ -78,6 +83,7 @@ class _Cache:
         launches: those of the last step.
         sources: the objects that these were built from, compared by identity.
         switches: the options that divide them, compared by value.
+        is_sharded: whether there are DTensors among the parameters.
         builds: how often launches were built; a steady step adds nothing.
     """
 
@@ -90,6 +96,7 @@ class _Cache:
         self.launches: list[Launch] = []
         self.sources: list[object] = []
         self.switches: list[object] = []
+        self.is_sharded = False
 
     def holds(self, sources: list[object], switches: list[object]) -> bool:
         return (
@@ -321,7 +328,10 @@ class XGradOptimizer(Optimizer):
     def _update(self) -> None:
         active = self._active()
         cache = self._cache
-        if not (cache.holds(*self._built_from(active)) and cache.prepare(active.grads)):
+        is_held = cache.holds(*self._built_from(active))
+        if cache.is_sharded or not is_held:
+            active = active.placed()  # a collective, where it is one: once in a step, for all ranks to take part
+        if not (is_held and cache.prepare(active.grads)):
             self._rebuild(active)
         for launch in cache.launches:
             launch.refresh()
@@ -380,6 +390,7 @@ class XGradOptimizer(Optimizer):
         cache = self._cache
         cache.launches, cache.builds = launches, cache.builds + 1
         cache.sources, cache.switches = self._built_from(active)
+        cache.is_sharded = any(isinstance(param, DTensor) for param in active.params)
         cache.prepare(active.grads)
 
     def _conform_state(self, options: dict[Tensor, Options]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from xgrad_optim.layout import local
+from xgrad_optim.layout import is_placed_like, local
 from xgrad_optim.numeric import is_supported, master_dtype
 from xgrad_optim.rule import Options, Rule
 
@@ -66,11 +66,16 @@ def check_state(rule: Rule, param: Tensor, state: State) -> None:
     """Raise RuntimeError where a buffer does not lie beside its parameter element by element."""
     for key in rule.buffer_keys:
         buffer = state.get(key, param)
-        if buffer.shape != param.shape or buffer.device != param.device:
+        if buffer.shape != param.shape or buffer.device != param.device or not is_placed_like(buffer, param):
             raise RuntimeError(
-                f"a parameter has shape {tuple(param.shape)} on {param.device}, but its state[{key!r}] has "
-                f"shape {tuple(buffer.shape)} on {buffer.device}: replace or move both"
+                f"a parameter has {_described(param)}, but its state[{key!r}] has {_described(buffer)}: "
+                "replace or move both"
             )
+
+
+def _described(tensor: Tensor) -> str:
+    placements = getattr(tensor, "placements", None)
+    return f"shape {tuple(tensor.shape)} on {tensor.device}" + ("" if placements is None else f", placed {placements}")
 
 
 def warn_of_replaced(states: Mapping[Tensor, State], params: Collection[Tensor]) -> None:
