@@ -1,9 +1,12 @@
 """The Triton kernel's variants, compiled without a GPU, and what stands in for the kernel where there is none."""
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from simulation import Simulator, ptxsim
@@ -28,7 +31,7 @@ def compile_kernel(arch: int, constants: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def _load(arch: int, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int, int]:
+def load_kernel(arch: int, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int, int]:
     """The variant for the simulator, its threads, its shared memory."""
     compiled = compile_kernel(arch, dict(constants))
     kernel = ptxsim.load_ptx(compiled.asm["ptx"])[compiled.metadata.name]
@@ -36,19 +39,48 @@ def _load(arch: int, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int, 
 
 
 class SimulatedKernel:
-    """Takes the place of `multi_tensor_kernel`: `kernel[grid](...)` runs in the simulator."""
+    """Takes the place of `multi_tensor_kernel`: `kernel[grid](...)` runs in the simulator.
+
+    Attributes:
+        simulator: with the statistics of every launch.
+        variants: what each launch was compiled for.
+    """
 
     def __init__(self, arch: int = 90) -> None:
         self.simulator = Simulator()
+        self.variants: list[tuple[tuple[str, Any], ...]] = []
         self._arch = arch
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(addresses: Any, numels: Any, *others: Any, **constants: Any) -> None:
             constants = {name: value for name, value in constants.items() if name not in multi_tensor.OPTIONS}
-            kernel, block, shared = _load(self._arch, tuple(constants.items()))
+            self.variants.append(tuple(constants.items()))
+            kernel, block, shared = load_kernel(self._arch, self.variants[-1])
             param, state = (constants[name].primitive_bitwidth // 8 for name in ("PARAM", "STATE"))
             widths = (param, param, state, state, state, max(param, 4))
             arguments = (addresses, numels, *others)
             self.simulator.run(kernel, grid[0], block, arguments, addresses, numels, widths, shared)
 
         return launch
+
+
+@functools.cache
+def interpreted_kernels() -> Any:
+    """A second copy of the kernels, whose functions run in Triton's interpreter, on CPU tensors."""
+    names = [f"xgrad_optim.kernels.{name}" for name in ("rules", "element", "multi_tensor")]
+    compiled = {name: sys.modules.pop(name) for name in names}
+    was_interpreting, triton.knobs.runtime.interpret = triton.knobs.runtime.interpret, True
+    try:
+        return importlib.import_module(names[-1])
+    finally:
+        triton.knobs.runtime.interpret = was_interpreting
+        for name, module in compiled.items():
+            sys.modules[name] = module
+            setattr(sys.modules["xgrad_optim.kernels"], name.rpartition(".")[2], module)
+
+
+def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """The conversion between float32 and bfloat16 as a GPU does it: the interpreter truncates."""
+    if target == tl.bfloat16:
+        return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+    return torch.from_numpy(values.view("i2")).view(torch.bfloat16).float().numpy()
