@@ -20,6 +20,7 @@ WANTED = os.environ.get("XGRAD_BUILD", "auto")
 
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "scipy>=1.10"]
 TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1", "ninja"]
+TEST += ["triton>=3.6; platform_system == 'Linux'"]
 CLIENTS = ["transformers>=5.24", "accelerate>=1.15", "lightning>=2.6"]
 
 

@@ -1,4 +1,4 @@
-"""The same training on the torch and the native back end, compared bit by bit after every move."""
+"""The same training on two back ends, torch and the native one unless told, compared bit by bit after every move."""
 
 from collections.abc import Callable
 
@@ -25,8 +25,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 class Twins:
     """The same parameters under the same optimizer twice, once on each back end, compared after every move."""
 
-    def __init__(self, make: Callable[..., torch.optim.Optimizer], tensors: list[Tensor], **options) -> None:
-        self.params = {name: [torch.nn.Parameter(_copy(t)) for t in tensors] for name in ("torch", "cpu")}
+    def __init__(
+        self,
+        make: Callable[..., torch.optim.Optimizer],
+        tensors: list[Tensor],
+        names: tuple[str, str] = ("torch", "cpu"),
+        **options,
+    ) -> None:
+        self.params = {name: [torch.nn.Parameter(_copy(t)) for t in tensors] for name in names}
         self.optimizers = {name: make(params, backend=name, **options) for name, params in self.params.items()}
 
     def step(self, grads: list[Tensor | None]) -> None:
@@ -42,7 +48,8 @@ class Twins:
         self.check()
 
     def check(self) -> None:
-        assert self.optimizers["torch"].predicted == self.optimizers["cpu"].predicted
+        first, second = self.optimizers.values()
+        assert first.predicted == second.predicted
         for index, pair in enumerate(zip(*self.params.values(), strict=True)):
             assert same_bits(*pair), f"parameter {index}"
             states = [self.optimizers[name].state[param] for name, param in zip(self.params, pair, strict=True)]

@@ -1,8 +1,10 @@
 """Which back end runs a Launch, and for each one passed over, why. The only place that imports optional code."""
 
 import functools
-import importlib
+import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -14,7 +16,12 @@ if TYPE_CHECKING:
 NAMES = ("triton", "cuda", "cpu", "torch")
 """Every back end, best first; a back end that does not fit a Launch's device says so."""
 
-_MODULES = {"cpu": "xgrad_optim.backend_native", "torch": "xgrad_optim.backend_torch"}
+_MODULES = {
+    "triton": "xgrad_optim.kernels.multi_tensor",
+    "cpu": "xgrad_optim.backend_native",
+    "torch": "xgrad_optim.backend_torch",
+}
+_CHECKOUT_KERNELS = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
 
 
 class Backend(Protocol):
@@ -42,9 +49,21 @@ def _module(name: str) -> ModuleType | str:
     if name not in _MODULES:
         return "this release does not contain it"
     try:
+        _find_kernels()
         return importlib.import_module(_MODULES[name])
     except ImportError as error:
         return f"it can't be imported: {error}"
+
+
+def _find_kernels() -> None:
+    """Make xgrad_optim.kernels importable in a checkout, where it lies beside this package, not inside."""
+    name = "xgrad_optim.kernels"
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        return
+    spec = importlib.util.spec_from_file_location(name, _CHECKOUT_KERNELS)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def unavailable(name: str) -> str | None:

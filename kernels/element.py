@@ -1,0 +1,112 @@
+"""What a launch does to a block of elements, whatever the rule: restore, update, predict. No loads, no stores.
+
+The Triton text of csrc/element.h, in the same order of operations. What the launch does not have, or need not read, is
+None and decided at compile time; a number of the row is tested as the kernel runs, so that its value compiles nothing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """The nearest number that the storage can hold, ties to even."""
+    return x.to(DTYPE).to(x.dtype)
+
+
+@triton.jit
+def direction_of(state, max_exp_avg_sq, hyper, DIRECTION: tl.constexpr):
+    """delta; amsgrad's running maximum stands in for the second moment."""
+    if max_exp_avg_sq is None:
+        return DIRECTION(state, hyper)
+    else:
+        return DIRECTION((state[0], max_exp_avg_sq), hyper)
+
+
+@triton.jit
+def maximum(a, b):
+    """NaN where either is, as torch.maximum."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def restore(param, master_weights, delta, shift_prev, PARAM: tl.constexpr):
+    """theta = R(theta_hat + d): exact, because theta_hat was made from a theta for which it is."""
+    is_shifted = shift_prev != 0  # 0 * delta may be NaN, which must not reach the weights
+    displacement = shift_prev * delta
+    if master_weights is None:
+        theta = round_to(param + round_to(displacement, PARAM), PARAM)
+        return tl.where(is_shifted, theta, param)
+    else:
+        # The master stands where the parameter still holds what it made of it; a foreign write there counts.
+        expected = tl.where(is_shifted, master_weights - displacement, master_weights)
+        edited = tl.where(is_shifted, param + displacement, param)
+        return tl.where(round_to(expected, PARAM) == param, master_weights, edited)
+
+
+@triton.jit
+def advance(grad, theta, state, max_exp_avg_sq, step, hyper, ACCUMULATE: tl.constexpr, STATE: tl.constexpr):
+    """The state after this gradient, rounded to what will be stored, so that delta can be computed of it again."""
+    _, grad_factor, weight_decay, _, _, _, _ = step
+    grad = grad_factor * grad
+    grad = tl.where(weight_decay != 0, grad + weight_decay * theta, grad)
+    advanced = ACCUMULATE(grad, state, hyper)
+    if max_exp_avg_sq is not None:
+        max_exp_avg_sq = round_to(maximum(max_exp_avg_sq, advanced[1]), STATE)
+    state = ()
+    for i in tl.static_range(len(advanced)):
+        state += (round_to(advanced[i], STATE),)
+    return state, max_exp_avg_sq
+
+
+@triton.jit
+def predict(theta, delta, shift, has_master_weights: tl.constexpr, PARAM: tl.constexpr):
+    """theta_hat = R(theta - d), from the theta next to it that survives the round trip; the store rounds."""
+    displacement = shift * delta
+    if has_master_weights:
+        theta_hat = theta - displacement
+    else:
+        d = round_to(displacement, PARAM)
+        there = round_to(theta - d, PARAM)
+        and_back = round_to(there + d, PARAM)
+        theta_hat = and_back - d
+    return tl.where(shift != 0, theta_hat, theta)
+
+
+@triton.jit
+def run_element(
+    param,
+    grad,
+    state,
+    max_exp_avg_sq,
+    master_weights,
+    numbers,
+    ACCUMULATE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """The new param, state, max_exp_avg_sq and master_weights.
+
+    Args:
+        param: None where the master weights are trusted: it holds what was made of them.
+        grad: None for a swap.
+        numbers: one row, as tuples: the columns of every rule, the rule's own, its direction's, and the numbers that
+            these had in the last prediction.
+    """
+    step, hyper, direction_hyper, direction_hyper_prev = numbers
+    _, _, _, decay_factor, step_size, shift, shift_prev = step
+    if param is None:
+        theta = master_weights
+    else:
+        delta_prev = direction_of(state, max_exp_avg_sq, direction_hyper_prev, DIRECTION)
+        theta = restore(param, master_weights, delta_prev, shift_prev, PARAM)
+    if grad is not None:
+        state, max_exp_avg_sq = advance(grad, theta, state, max_exp_avg_sq, step, hyper, ACCUMULATE, STATE)
+    delta = direction_of(state, max_exp_avg_sq, direction_hyper, DIRECTION)
+    if grad is not None:
+        theta = theta * decay_factor - step_size * delta
+        if master_weights is None:
+            theta = round_to(theta, PARAM)
+    theta_hat = predict(theta, delta, shift, master_weights is not None, PARAM)
+    return theta_hat, state, max_exp_avg_sq, theta

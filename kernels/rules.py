@@ -1,0 +1,93 @@
+"""Each rule's math as Triton functions of one block, in the order of operations of csrc/rules.h.
+
+    accumulate(grad, state, hyper) -> state    advance the state with this gradient
+    direction(state, hyper) -> delta           the update direction
+
+`state` is a tuple of blocks in the order of the rule's `state_keys` (xgrad_optim/rule.py). `hyper` is one of numbers:
+for direction its `direction_columns`, for accumulate its `accumulate_columns` and then these. Each operation rounds
+once: compile with `enable_fp_fusion=False`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sqrt(x):
+    """The correctly rounded square root; `tl.sqrt` is that in float64 only, `tl.sqrt_rn` exists in float32 only."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(a, b):
+    """The correctly rounded quotient; `/` is that in float64 only, `tl.div_rn` exists in float32 only."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def sgdm_accumulate(grad, state, hyper):
+    (momentum_buffer,) = state
+    momentum, one_minus_dampening = hyper
+    # A momentum of 0 starts the buffer afresh: 0 * NaN must not spread.
+    return (tl.where(momentum == 0, grad, momentum * momentum_buffer + one_minus_dampening * grad),)
+
+
+@triton.jit
+def sgdm_direction(state, hyper):
+    return state[0]
+
+
+@triton.jit
+def adam_accumulate(grad, state, hyper):
+    exp_avg, exp_avg_sq = state
+    one_minus_beta1, beta2, one_minus_beta2, _, _ = hyper
+    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+    return exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+
+
+@triton.jit
+def adam_direction(state, hyper):
+    exp_avg, exp_avg_sq = state
+    rsqrt_bias_correction2, eps = hyper
+    return divide(exp_avg, sqrt(exp_avg_sq) * rsqrt_bias_correction2 + eps)
+
+
+@triton.jit
+def adabelief_accumulate(grad, state, hyper):
+    """The second moment is of the surprise, grad - exp_avg (Zhuang et al. 2020, Algorithm 2)."""
+    exp_avg, exp_avg_sq = state
+    one_minus_beta1, beta2, one_minus_beta2, _, eps = hyper
+    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+    surprise = grad - exp_avg
+    return exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (surprise * surprise) + eps
+
+
+@triton.jit
+def adam3_accumulate(grad, state, hyper):
+    """The second moment is of the momentum (arXiv 2106.11514)."""
+    exp_avg, exp_avg_sq = state
+    one_minus_beta1, beta2, one_minus_beta2, eps, _ = hyper
+    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+    return exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (exp_avg * exp_avg) + eps
+
+
+@triton.jit
+def adam3_direction(state, hyper):
+    exp_avg, exp_avg_sq = state
+    (rsqrt_bias_correction2,) = hyper
+    return divide(exp_avg, sqrt(exp_avg_sq) * rsqrt_bias_correction2)
+
+
+RULES = {
+    "sgdm": (sgdm_accumulate, sgdm_direction),
+    "adam": (adam_accumulate, adam_direction),
+    "adabelief": (adabelief_accumulate, adam_direction),
+    "adam3": (adam3_accumulate, adam3_direction),
+}
+"""The pair of functions by the rule's name."""
