@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
-from watch import Watch, equal, weights_in_mode
+from watch import Watch, clones, equal, weights_in_mode
 
 from xgrad_optim import XSGDM, XAdamW
 
 pytest.importorskip("lightning", reason="needs lightning: make test-clients")
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = [
@@ -139,6 +140,44 @@ def test_checkpoint_files_hold_theta(tmp_path):
         step = int(file.stem.rpartition("=")[2])
         assert equal([saved["state_dict"][name] for name in names(module)], recorder.theta[step])
         assert not any(state["predicted"] for state in saved["optimizer_states"][0]["state"].values())
+
+
+def test_a_second_fit_starts_at_theta_with_an_optimizer_of_its_own(tmp_path):
+    """configure_optimizers runs again, while the first optimizer's hooks are on the module."""
+    module = new_module()
+    fit(module, tmp_path)
+    first, theta = module.raw, weights_in_mode(module.raw, predicted=False)
+    seen = []
+
+    class FirstBatch(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            seen.append(equal(module.parameters(), theta))
+
+    fit(module, tmp_path, callbacks=[FirstBatch()], enable_checkpointing=False)
+    assert seen[0] and not any(seen[1:])
+    assert module.raw is not first
+    assert module.watch.counts == {True: 24, False: 7} and module.watch.wrong == 0
+
+
+class FindsItsRate(Module):
+    def __init__(self):
+        super().__init__()
+        self.lr = 0.01
+
+    def configure_optimizers(self):
+        self.options["lr"] = self.lr
+        return super().configure_optimizers()
+
+
+def test_finding_the_learning_rate_leaves_the_model_as_it_was(tmp_path):
+    """Tuner.lr_find trains, and loads the model of before into a model that holds theta_hat."""
+    module = new_module(FindsItsRate)
+    before = clones(module.parameters())
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=1, max_epochs=1, logger=False)
+    Tuner(trainer).lr_find(module, TRAIN, num_training=8, update_attr=False)
+    assert equal(module.parameters(), before)
+    trainer.fit(module, TRAIN, VALIDATE)
+    assert module.watch.wrong == 0
 
 
 class Manual(Module):
