@@ -200,6 +200,9 @@ class XGradOptimizer(Optimizer):
         one model, and one optimizer to several; all its parameters then change together. A module that joins the
         model later is covered when it runs inside one that is attached; for calls of its own, attach again.
 
+        An optimizer that has not stepped yet takes the model over from one that was attached to the same parameters:
+        that one leaves theta in them and is detached.
+
         Args:
             model: contains parameters of this optimizer. Trainable parameters that no attached optimizer owns make
                 the first forward raise RuntimeError.
@@ -210,6 +213,7 @@ class XGradOptimizer(Optimizer):
         Raises:
             TypeError: it is no module.
             ValueError: it has none of this optimizer's parameters.
+            RuntimeError: another attached optimizer owns some of the same parameters, and both have state.
         """
         return hooks.attach(self, model)
 
