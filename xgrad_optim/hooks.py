@@ -26,7 +26,7 @@ class Switch:
     Attributes:
         position: True where `train()` would change nothing, False where `eval()` would not, None where it takes a look
             at the state to know.
-        is_loaded: whether the state was loaded since, so that the model that belongs to it may still be to come.
+        is_loaded: whether the state was loaded and not used since: the model that belongs to it may still be to come.
         pins: how many `true_weights()` blocks are open.
         outermost: of the attached modules that are running, the id of the one that was called first, or 0. The module
             itself would be one object by two names to torch.compile, which refuses that.
@@ -42,11 +42,11 @@ class Switch:
 
     def turn(self, position: bool | None) -> None:
         """Note what the parameters now hold."""
-        self.position, self.is_loaded = position, False
+        self.position = position
 
-    def forget(self, is_loaded: bool) -> None:
+    def forget(self) -> None:
         """The state has been replaced: nothing is known until somebody looks at it."""
-        self.position, self.is_loaded = None, is_loaded
+        self.position = None
 
     def drop_copies(self) -> None:
         """Parameters have changed outside of a step: drop the copies of them that torch keeps for the next forward."""
@@ -148,6 +148,7 @@ class Attachment:
     def load(self, module: Module, *args: object) -> None:
         """Pre-hook of load_state_dict: what is loaded is theta."""
         if self.optimizer is not None and self.switch.is_loaded and self.optimizer.predicted:
+            self.switch.is_loaded = False
             warnings.warn(
                 "the optimizer's state was saved while its parameters held predicted weights, but the weights that "
                 "are loaded after it into the attached model are taken for the true ones. Where both are of one "
