@@ -6,6 +6,7 @@ allocators do the rest: pinned memory is handed out again when the copies from i
 waits), memory of the device in the order of the stream that it was allocated on, which is the one that uses it.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import is_dense, local
+from xgrad_optim.layout import DTensor, is_dense, local
 from xgrad_optim.numeric import real_dtype
 
 SLOTS = {
@@ -49,9 +50,15 @@ class DeviceTables:
     """One Launch's tables, on the host as its tensors now are, and on its device as the current stream may read them.
 
     On the CPU (a kernel under an interpreter or a simulator) the two are the same memory.
+
+    Attributes:
+        written: the tensors whose version counters tell autograd of a run, as torch's own in-place operators do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch) -> None:
+        names = ("param", "master_weights") if launch.grads is None else ("param", *launch.state)
+        owners = [tensor for name in names for tensor in ({"param": launch.params} | launch.state).get(name, [])]
+        self.written = owners + [local(tensor) for tensor in owners if isinstance(tensor, DTensor)]
         self._seen: object = None
         self._stream: torch.Stream | None = None
         self._shape: list[Tensor] = []
@@ -64,14 +71,12 @@ class DeviceTables:
         Fills `launch.tables.addresses`, zeros where a tensor is not one flat range, and counts these in `n_refused`.
         """
         slots = {"param": launch.params, **launch.state}
+        looks: list[Callable[[Tensor], object]] = [Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype_of]
+        tensors = {name: list(map(local, slot)) for name, slot in slots.items()}
+        seen = [list(map(look, slot)) for slot in tensors.values() for look in looks]
         if launch.grads is not None:
-            slots["grad"] = launch.grads
-        tensors = {name: [local(tensor) for tensor in slot] for name, slot in slots.items()}
-        seen = [
-            list(map(look, slot))
-            for slot in tensors.values()
-            for look in (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype_of, Tensor.is_neg, Tensor.is_conj)
-        ]
+            tensors["grad"] = list(map(local, launch.grads))
+            seen += [list(map(look, tensors["grad"])) for look in (*looks, Tensor.is_neg, Tensor.is_conj)]
         if seen != self._seen:
             _fill_addresses(launch, tensors)
             self._seen = seen
@@ -125,9 +130,9 @@ class DeviceTables:
 
 def tables_of(launch: Launch) -> DeviceTables:
     """The launch's own, made when they are first asked for."""
-    if launch.tables.on_device is None:
-        launch.tables.on_device = DeviceTables()
-    return launch.tables.on_device
+    if launch.bound is None:
+        launch.bound = DeviceTables(launch)
+    return launch.bound
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
