@@ -32,7 +32,7 @@ SLOTS = {
 _read_by_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the replay of a graph reads again, by the first parameter that it writes: of no use any longer than that."""
 
-_LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"), Tensor.is_neg, Tensor.is_conj)
+_LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
 """What tells a tensor's memory from other memory, and one way to lie in it from another."""
 
 
@@ -70,12 +70,13 @@ class DeviceTables:
             slots["grad"] = launch.grads
         tensors = {name: [local(tensor) for tensor in slot] for name, slot in slots.items()}
         seen = {name: [list(map(look, slot)) for look in _LOOKS] for name, slot in tensors.items()}
+        seen["lazy"] = [list(map(look, tensors.get("grad", []))) for look in (Tensor.is_neg, Tensor.is_conj)]
         if seen == self._seen:
             return True
         is_first, before = not self._seen, self._seen
         _fill_addresses(launch, tensors)
         self._seen = seen
-        return is_first or all(seen[name] == before[name] for name in seen if name != "grad")
+        return is_first or all(seen[name] == before[name] for name in ("param", *launch.state))
 
     def upload(self, launch: Launch) -> Uploaded:
         """Bring the device up to date. Call it under the device's guard, right before the kernel that reads it."""
@@ -126,9 +127,9 @@ class DeviceTables:
 
 def tables_of(launch: Launch) -> DeviceTables:
     """The launch's own, made when they are first asked for."""
-    if launch.tables.on_device is None:
-        launch.tables.on_device = DeviceTables()
-    return launch.tables.on_device
+    if launch.bound is None:
+        launch.bound = DeviceTables()
+    return launch.bound
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:

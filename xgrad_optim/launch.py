@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -18,9 +18,6 @@ from xgrad_optim.rows import Scaling, consecutive, make_rows
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.scalars import Scalars
 from xgrad_optim.state import State, matches
-
-if TYPE_CHECKING:
-    from xgrad_optim.device_tables import DeviceTables
 
 CHUNK = 1 << 14
 """Elements of a chunk: the unit in which native back ends divide a tensor."""
@@ -56,7 +53,6 @@ class Tables:
         addresses: int64 `[n_tensors, 6]`, for the back end to fill: parameter, gradient, two state buffers,
             max_exp_avg_sq, master_weights.
         n_refused: how many tensors the back end could not take, or -1 where it has to look at each.
-        on_device: what a GPU back end keeps of them on the device (device_tables.py).
     """
 
     def __init__(self, numels: list[int], row_of: list[int], chunk_size: int) -> None:
@@ -74,7 +70,6 @@ class Tables:
         self.tasks = torch.from_numpy(tasks)
         self.addresses = torch.zeros((len(sizes), 6), dtype=torch.int64, device="cpu")
         self.n_refused = 0
-        self.on_device: DeviceTables | None = None
 
 
 class Launch:
