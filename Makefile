@@ -5,13 +5,17 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BEHAVIOUR := $(addprefix tests/test_,reference.py numeric.py swap.py parity.py launch.py state.py step.py traps.py)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-clients lint bench clean
 
 .venv/.ready: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+.venv/.clients: .venv/.ready
+	$(BIN)/pip install --quiet "$(TORCH)" --editable ".[clients]"
 	touch $@
 
 demo: .venv/.ready
@@ -21,6 +25,10 @@ demo: .venv/.ready
 test: .venv/.ready lint
 	$(BIN)/python -m pytest -n auto
 	$(BIN)/python -m pytest -n auto --only-backend torch $(BEHAVIOUR)
+
+# transformers.Trainer, accelerate and Lightning themselves, which only these tests need.
+test-clients: .venv/.clients
+	$(BIN)/python -m pytest -n auto tests/clients
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ WANTED = os.environ.get("XGRAD_BUILD", "auto")
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "scipy>=1.10"]
 TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1", "ninja"]
 TEST += ["triton>=3.6; platform_system == 'Linux'"]
+CLIENTS = ["transformers>=5.24", "accelerate>=1.15", "lightning>=2.6"]
 
 
 def is_native() -> bool:
@@ -64,7 +65,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy>=1.24"],
-    extras_require={"demo": DEMO, "test": TEST},
+    extras_require={"demo": DEMO, "test": TEST, "clients": CLIENTS},
     packages=["xgrad_optim", "xgrad_optim.kernels", "xgrad_optim.csrc"],
     package_dir={"xgrad_optim": "xgrad_optim", "xgrad_optim.kernels": "kernels", "xgrad_optim.csrc": "csrc"},
     package_data={"xgrad_optim": ["py.typed"], "xgrad_optim.csrc": ["*.h", "*.cpp", "*.cu"]},

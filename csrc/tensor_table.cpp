@@ -1,6 +1,9 @@
 #include "tensor_table.h"
 
 #include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -16,7 +19,7 @@ using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// A tensor of the list, without the shared pointer that torch::stable::Tensor allocates: there are many.
+// A tensor of a list, without the shared pointer that torch::stable::Tensor allocates: there are many.
 class Handle {
  public:
   Handle(StableListHandle list, int64_t index) {
@@ -24,82 +27,30 @@ class Handle {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, index, &value));
     handle_ = to<AtenTensorHandle>(value);
   }
-  ~Handle() { aoti_torch_delete_tensor_object(handle_); }
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
+  ~Handle() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+  Handle(Handle&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Handle& operator=(Handle&&) = delete;
 
   AtenTensorHandle get() const { return handle_; }
 
- private:
-  AtenTensorHandle handle_;
-};
-
-// What a tensor's handle tells of its layout, asked no more than needed: each question is a call into torch.
-class Layout {
- public:
-  explicit Layout(const Handle& handle) : handle_(handle.get()) {
-    int64_t* sizes;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &is_contiguous_));
-    sizes_ = sizes;
-  }
-
-  // The dtype as handles tell it; a complex tensor is pairs of reals.
-  int32_t real_dtype() const {
-    static const int32_t kComplex[] = {code(ScalarType::ComplexFloat), code(ScalarType::ComplexDouble)};
-    static const int32_t kReal[] = {code(ScalarType::Float), code(ScalarType::Double)};
+  int32_t dtype() const {
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
-    return dtype == kComplex[0] ? kReal[0] : dtype == kComplex[1] ? kReal[1] : dtype;
+    return dtype;
   }
 
-  static int32_t code(ScalarType type) { return to<int32_t>(from(type)); }
-
-  // How many numbers of `real_size` bytes it holds.
-  int64_t real_numel(int64_t real_size) const {
-    int32_t dtype;
-    int64_t numel;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel));
-    return numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)) / real_size;
-  }
-
-  // Whether the elements fill one range of memory, each once, in whatever order of dimensions.
-  bool is_dense() const {
-    if (is_contiguous_) return true;
-    const int64_t* steps = strides();
-    std::vector<int64_t> order(dim_);
-    for (int64_t i = 0; i < dim_; ++i) order[i] = i;
-    std::sort(order.begin(), order.end(), [this, steps](int64_t a, int64_t b) {
-      return steps[a] != steps[b] ? steps[a] < steps[b] : sizes_[a] < sizes_[b];
-    });
-    int64_t expected = 1;
-    for (int64_t i : order) {
-      if (sizes_[i] == 1) continue;
-      if (steps[i] != expected) return false;
-      expected *= sizes_[i];
+  // A gradient's memory is only read: asking for it so keeps copy-on-write tensors from being copied.
+  int64_t address(bool is_written) const {
+    if (is_written) {
+      void* address;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &address));
+      return reinterpret_cast<int64_t>(address);
     }
-    return true;
-  }
-
-  // Whether equal offsets into the two tensors' memory are equal elements.
-  bool matches(const Layout& other) const {
-    if (dim_ != other.dim_ || !std::equal(sizes_, sizes_ + dim_, other.sizes_)) return false;
-    if (device() != other.device()) return false;
-    if (is_contiguous_ && other.is_contiguous_) return true;
-    const int64_t *steps = strides(), *other_steps = other.strides();
-    for (int64_t i = 0; i < dim_; ++i) {
-      if (sizes_[i] != 1 && steps[i] != other_steps[i]) return false;
-    }
-    return true;
-  }
-
- private:
-  const int64_t* strides() const {
-    int64_t* strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
-    return strides;
+    const void* address;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &address));
+    return reinterpret_cast<int64_t>(address);
   }
 
   std::pair<int32_t, int32_t> device() const {
@@ -111,88 +62,254 @@ class Layout {
     return {type, index};
   }
 
+ private:
   AtenTensorHandle handle_;
-  int64_t dim_;
-  const int64_t* sizes_;
-  bool is_contiguous_;
 };
 
-int64_t address_of(const Handle& handle, int64_t slot) {
-  if (slot == kGrad) {
-    const void* address;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle.get(), &address));
-    return reinterpret_cast<int64_t>(address);
-  }
-  void* address;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle.get(), &address));
-  return reinterpret_cast<int64_t>(address);
+int32_t code(ScalarType type) { return to<int32_t>(from(type)); }
+
+// The dtype of the numbers in memory: a complex number is a pair of reals.
+int32_t real_dtype(int32_t dtype) {
+  static const int32_t kComplex[] = {code(ScalarType::ComplexFloat), code(ScalarType::ComplexDouble)};
+  static const int32_t kReal[] = {code(ScalarType::Float), code(ScalarType::Double)};
+  return dtype == kComplex[0] ? kReal[0] : dtype == kComplex[1] ? kReal[1] : dtype;
 }
 
-// Fills one line of the table; false where the tensors are not flat or not what was expected.
-bool fill_line(StableListHandle tensors, int64_t index, int64_t n_tensors, const std::vector<int64_t>& slots,
-               const std::vector<int32_t>& dtypes, int64_t numel, int64_t* line) {
-  const Handle param(tensors, index);
-  const Layout layout(param);
-  if (layout.real_dtype() != dtypes[0] || !layout.is_dense()) return false;
-  if (layout.real_numel(aoti_torch_dtype_element_size(dtypes[0])) != numel) return false;
-  line[slots[0]] = address_of(param, slots[0]);
-  for (size_t i = 1; i < slots.size(); ++i) {
-    const Handle tensor(tensors, static_cast<int64_t>(i) * n_tensors + index);
-    const Layout other(tensor);
-    if (other.real_dtype() != dtypes[i] || !other.matches(layout)) return false;
-    line[slots[i]] = address_of(tensor, slots[i]);
+// How a tensor's elements lie in its memory.
+class Layout {
+ public:
+  explicit Layout(const Handle& handle) {
+    int64_t dim, *sizes, *strides;
+    ask(handle, &dim, &sizes, &strides);
+    sizes_.assign(sizes, sizes + dim);
+    strides_.assign(strides, strides + dim);
   }
-  // A tensor subclass without memory of its own.
-  return numel == 0 || std::none_of(slots.begin(), slots.end(), [line](int64_t slot) { return line[slot] == 0; });
-}
 
-struct ListOwner {
-  StableListHandle list;
-  ~ListOwner() { torch_delete_list(list); }
-};
-
-int64_t fill(StableListHandle tensors, const std::vector<int64_t>& slots, const std::vector<ScalarType>& types,
-             const Tensor& numels, const Tensor& addresses) {
-  const int64_t n_tensors = numels.numel();
-  size_t length;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(tensors, &length));
-  STD_TORCH_CHECK(!slots.empty() && slots[0] == kParam && types.size() == slots.size() &&
-                      length == slots.size() * n_tensors,
-                  "fill_addresses: expected ", n_tensors, " tensors for each of ", slots.size(), " slots, got ",
-                  length);
-  STD_TORCH_CHECK(addresses.is_cpu() && addresses.is_contiguous() && addresses.scalar_type() == ScalarType::Long &&
-                      addresses.numel() == n_tensors * kNumSlots && numels.is_cpu() && numels.is_contiguous() &&
-                      numels.scalar_type() == ScalarType::Long,
-                  "fill_addresses: numels and addresses must be contiguous int64 CPU tables of all tensors");
-  for (int64_t slot : slots) STD_TORCH_CHECK(0 <= slot && slot < kNumSlots, "fill_addresses: no slot ", slot);
-  std::vector<int32_t> dtypes;
-  for (ScalarType type : types) dtypes.push_back(Layout::code(type));
-  const auto* numel = static_cast<const int64_t*>(numels.const_data_ptr());
-  auto* line = static_cast<int64_t*>(addresses.mutable_data_ptr());
-  int64_t n_refused = 0;
-  for (int64_t i = 0; i < n_tensors; ++i, line += kNumSlots) {
-    std::fill_n(line, static_cast<int>(kNumSlots), 0);
-    if (!fill_line(tensors, i, n_tensors, slots, dtypes, numel[i], line)) {
-      std::fill_n(line, static_cast<int>(kNumSlots), 0);
-      ++n_refused;
+  // Whether the tensor has these sizes, and these strides where they matter: equal offsets are equal elements then.
+  bool is_of(const Handle& handle) const {
+    int64_t dim, *sizes, *strides;
+    ask(handle, &dim, &sizes, &strides);
+    if (dim != static_cast<int64_t>(sizes_.size())) return false;
+    for (int64_t i = 0; i < dim; ++i) {
+      if (sizes[i] != sizes_[i] || (strides[i] != strides_[i] && sizes[i] != 1)) return false;
     }
+    return true;
   }
-  return n_refused;
+
+  int64_t numel() const {
+    int64_t numel = 1;
+    for (int64_t size : sizes_) numel *= size;
+    return numel;
+  }
+
+  // Whether the elements fill one range of memory, each once, in whatever order of dimensions.
+  bool is_dense() const {
+    if (numel() == 0) return true;
+    std::vector<std::pair<int64_t, int64_t>> steps;
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      if (sizes_[i] != 1) steps.emplace_back(strides_[i], sizes_[i]);
+    }
+    std::sort(steps.begin(), steps.end());
+    int64_t expected = 1;
+    for (const auto& [stride, size] : steps) {
+      if (stride != expected) return false;
+      expected *= size;
+    }
+    return true;
+  }
+
+ private:
+  static void ask(const Handle& handle, int64_t* dim, int64_t** sizes, int64_t** strides) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle.get(), dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle.get(), sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle.get(), strides));
+  }
+
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// A tensor that lives as long as the launch. Only our reference keeps it the same tensor; its memory may be exchanged.
+struct BoundTensor {
+  Handle handle;
+  Layout layout;
+  int32_t dtype;
+  int64_t address;
+
+  explicit BoundTensor(Handle tensor)
+      : handle(std::move(tensor)), layout(handle), dtype(handle.dtype()), address(handle.address(true)) {}
+
+  bool is_unchanged() const {
+    return handle.address(true) == address && handle.dtype() == dtype && layout.is_of(handle);
+  }
+};
+
+class ListOwner {
+ public:
+  explicit ListOwner(StableIValue value) : list_(to<StableListHandle>(value)) {
+    size_t size;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    size_ = static_cast<int64_t>(size);
+  }
+  ~ListOwner() { torch_delete_list(list_); }
+  ListOwner(const ListOwner&) = delete;
+
+  int64_t size() const { return size_; }
+  Handle operator[](int64_t i) const { return Handle(list_, i); }
+
+ private:
+  StableListHandle list_;
+  int64_t size_;
+};
+
+class Binding {
+ public:
+  Binding(const ListOwner& tensors, const std::vector<int64_t>& slots, const std::vector<ScalarType>& types,
+          const Tensor& numels)
+      : slots_(slots), n_tensors_(numels.numel()) {
+    STD_TORCH_CHECK(!slots.empty() && slots[0] == kParam && types.size() == slots.size() &&
+                        tensors.size() == static_cast<int64_t>(slots.size()) * n_tensors_,
+                    "bind_tensors: expected ", n_tensors_, " tensors for each of ", slots.size(), " slots, got ",
+                    tensors.size());
+    STD_TORCH_CHECK(numels.is_cpu() && numels.is_contiguous() && numels.scalar_type() == ScalarType::Long,
+                    "bind_tensors: numels must be a contiguous int64 CPU tensor");
+    for (int64_t slot : slots) STD_TORCH_CHECK(0 <= slot && slot < kNumSlots, "bind_tensors: no slot ", slot);
+    bound_.reserve(tensors.size());
+    for (int64_t i = 0; i < tensors.size(); ++i) bound_.emplace_back(tensors[i]);
+    const auto* numel = static_cast<const int64_t*>(numels.const_data_ptr());
+    for (int64_t i = 0; i < n_tensors_; ++i) is_flat_.push_back(is_flat(i, types, numel[i]));
+  }
+
+  int64_t read(const ListOwner& grads, int64_t first, int64_t count, const Tensor& addresses) const {
+    STD_TORCH_CHECK(0 <= first && 0 <= count && first + count <= n_tensors_, "read_addresses: tensors [", first, ", ",
+                    first + count, ") are not all among the ", n_tensors_, " of the binding");
+    STD_TORCH_CHECK(grads.size() == 0 || grads.size() == count, "read_addresses: expected ", count,
+                    " gradients or none, got ", grads.size());
+    STD_TORCH_CHECK(addresses.is_cpu() && addresses.is_contiguous() && addresses.scalar_type() == ScalarType::Long &&
+                        addresses.numel() == n_tensors_ * kNumSlots,
+                    "read_addresses: addresses must be a contiguous int64 CPU table of ", n_tensors_, " lines");
+    auto* lines = static_cast<int64_t*>(addresses.mutable_data_ptr());
+    int64_t n_refused = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!is_unchanged(first + i)) return kChanged;
+      n_refused += !read_line(grads, i, first + i, lines + (first + i) * kNumSlots);
+    }
+    return n_refused;
+  }
+
+ private:
+  const BoundTensor& at(int64_t tensor, size_t slot) const { return bound_[slot * n_tensors_ + tensor]; }
+
+  bool is_flat(int64_t i, const std::vector<ScalarType>& types, int64_t numel) const {
+    const BoundTensor& param = at(i, 0);
+    if (!param.layout.is_dense()) return false;
+    const int64_t n_reals = param.layout.numel() * (real_dtype(param.dtype) == param.dtype ? 1 : 2);
+    if (n_reals != numel) return false;
+    for (size_t s = 0; s < slots_.size(); ++s) {
+      const BoundTensor& tensor = at(i, s);
+      if (real_dtype(tensor.dtype) != code(types[s]) || !param.layout.is_of(tensor.handle)) return false;
+      if (tensor.handle.device() != param.handle.device()) return false;
+      if (numel != 0 && tensor.address == 0) return false;  // a tensor subclass without memory of its own
+    }
+    return true;
+  }
+
+  bool is_unchanged(int64_t i) const {
+    for (size_t s = 0; s < slots_.size(); ++s) {
+      if (!at(i, s).is_unchanged()) return false;
+    }
+    return true;
+  }
+
+  bool read_line(const ListOwner& grads, int64_t index_of_grad, int64_t tensor, int64_t* line) const {
+    std::fill_n(line, static_cast<int>(kNumSlots), 0);
+    if (!is_flat_[tensor]) return false;
+    if (grads.size() > 0 && !read_gradient(grads[index_of_grad], at(tensor, 0), line)) return false;
+    for (size_t s = 0; s < slots_.size(); ++s) line[slots_[s]] = at(tensor, s).address;
+    return true;
+  }
+
+  static bool read_gradient(const Handle& grad, const BoundTensor& param, int64_t* line) {
+    if (grad.dtype() != param.dtype || !param.layout.is_of(grad) || grad.device() != param.handle.device()) {
+      return false;
+    }
+    const int64_t address = grad.address(false);
+    if (address == 0 && param.layout.numel() != 0) return false;
+    line[kGrad] = address;
+    return true;
+  }
+
+  std::vector<int64_t> slots_;
+  int64_t n_tensors_;
+  std::vector<BoundTensor> bound_;  // all parameters, then all tensors of the next slot
+  std::vector<char> is_flat_;
+};
+
+// Bindings by name; a name that was never given, or was released, is an error and not an address.
+class Bindings {
+ public:
+  int64_t add(std::shared_ptr<const Binding> binding) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    bindings_.emplace(++last_, std::move(binding));
+    return last_;
+  }
+
+  std::shared_ptr<const Binding> get(int64_t name) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = bindings_.find(name);
+    STD_TORCH_CHECK(found != bindings_.end(), "read_addresses: there is no binding ", name);
+    return found->second;
+  }
+
+  void remove(int64_t name) {
+    std::shared_ptr<const Binding> last_owner;  // tensors are freed after the lock is
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = bindings_.find(name);
+    if (found == bindings_.end()) return;
+    last_owner = std::move(found->second);
+    bindings_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Binding>> bindings_;
+  int64_t last_ = 0;
+};
+
+// Never destroyed: torch may be gone by then.
+Bindings& all_bindings() {
+  static auto* bindings = new Bindings;
+  return *bindings;
 }
 
-int64_t unbox_and_fill(StableIValue* stack, bool touches) {
-  const ListOwner tensors{to<StableListHandle>(stack[0])};
+// The arguments on the stack are ours to free, whether they are used or not.
+int64_t unbox_and_bind(StableIValue* stack, bool is_lazy) {
+  const ListOwner tensors(stack[0]);
   const auto slots = to<std::vector<int64_t>>(stack[1]);
   const auto types = to<std::vector<ScalarType>>(stack[2]);
   const auto numels = to<Tensor>(stack[3]);
+  if (is_lazy) return kLazy;
+  return all_bindings().add(std::make_shared<const Binding>(tensors, slots, types, numels));
+}
+
+int64_t unbox_and_read(StableIValue* stack, bool is_lazy) {
+  const auto name = to<int64_t>(stack[0]);
+  const ListOwner grads(stack[1]);
+  const auto first = to<int64_t>(stack[2]), count = to<int64_t>(stack[3]);
   const auto addresses = to<Tensor>(stack[4]);
-  return touches ? fill(tensors.list, slots, types, numels, addresses) : -1;
+  if (is_lazy) return kLazy;
+  return all_bindings().get(name)->read(grads, first, count, addresses);
 }
 
 }  // namespace
 
-void fill_addresses(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(unbox_and_fill(stack, true)); }
+void bind_tensors(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(unbox_and_bind(stack, false)); }
 
-void refuse_lazy_tensors(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(unbox_and_fill(stack, false)); }
+void bind_lazy_tensors(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(unbox_and_bind(stack, true)); }
+
+void read_addresses(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(unbox_and_read(stack, false)); }
+
+void read_lazy_addresses(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(unbox_and_read(stack, true)); }
+
+void release_tensors(StableIValue* stack, uint64_t, uint64_t) { all_bindings().remove(to<int64_t>(stack[0])); }
 
 }  // namespace xgrad

@@ -25,7 +25,7 @@ from random_launch import random_launch
 from simulation import bytes_moved, check_traffic, needs_simulator, ptxsim
 from twins import Twins, needs_library, same_bits, train
 
-from xgrad_optim import XSGDM, XAdam, XAdaM3, XAdamW, backend_cuda, backend_torch
+from xgrad_optim import XSGDM, XAdam, XAdaM3, XAdamW, backend_cuda, backend_native, backend_torch
 
 pytestmark = [needs_nvcc, needs_simulator, needs_library]
 NAMES = ("cpu", "cuda")
@@ -39,7 +39,7 @@ def simulated(monkeypatch) -> SimulatedKernel:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("rule", RULES)
-def test_every_variant_equals_the_torch_back_end(rule, architecture, monkeypatch):
+def test_every_variant_equals_the_cpu_back_end(rule, architecture, monkeypatch):
     """On tensors around packs and chunks, aligned and not, with rows that switch each phase on and off."""
     if architecture == "sm_80" and ptx_of(rule, "sm_80") == ptx_of(rule, "sm_90"):
         return  # which is executed
@@ -47,7 +47,7 @@ def test_every_variant_equals_the_torch_back_end(rule, architecture, monkeypatch
     for variant in every_variant(rule):
         launch = random_launch(rule, variant.dtype, variant.state_dtype, *variant.buffers, SIZES, chunk_size=64)
         expected = launch.copied()
-        backend_torch.run(expected)
+        assert backend_native.prepare(expected) and backend_native.run(expected)
         assert backend_cuda.prepare(launch)
         backend_cuda.run(launch)
         pairs = zip(launch.tensors().items(), expected.tensors().values(), strict=True)

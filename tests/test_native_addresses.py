@@ -153,7 +153,7 @@ def test_the_operator_refuses_tables_that_lead_outside():
     def call(**changes):
         tables = launch_module.Tables([8], [0], chunk_size=4)
         values = {key: getattr(tables, key) for key in ("addresses", "numels", "row_of", "chunks", "tasks")}
-        values |= {"rows": torch.zeros(1, 8), "chunk_size": 4, "rule": "sgdm", "isa": ""}
+        values |= {"rows": torch.zeros(1, 9), "chunk_size": 4, "trusts_master": False, "rule": "sgdm", "isa": ""}
         values |= {"param_dtype": torch.float32, "state_dtype": torch.float32, **changes}
         torch.ops.xgrad_optim.multi_tensor_cpu(**values)
 
@@ -162,8 +162,8 @@ def test_the_operator_refuses_tables_that_lead_outside():
         "no rule": {"rule": "adan"},
         "instruction set": {"isa": "mmx"},
         "no kernel": {"state_dtype": torch.float64},
-        "rows must be": {"rows": torch.zeros(1, 8, dtype=torch.float64)},
-        "has 8 columns": {"rows": torch.zeros(1, 9)},
+        "rows must be": {"rows": torch.zeros(1, 9, dtype=torch.float64)},
+        "has 9 columns": {"rows": torch.zeros(1, 8)},
         "has row 3": {"row_of": torch.tensor([3], dtype=torch.int32)},
         "outside": {"chunks": torch.tensor([[0, 0], [0, 2]], dtype=torch.int32)},
         "tasks must cover": {"tasks": torch.tensor([0, 5])},
@@ -181,10 +181,10 @@ def test_fake_tensors_are_accepted():
     with FakeTensorMode():
         tensors, numels = [torch.zeros(2)], torch.tensor([2])
         table = torch.zeros(1, 6, dtype=torch.int64)
-        assert torch.ops.xgrad_optim.fill_addresses(tensors, [0], [torch.float32], numels, table) == 1
+        assert torch.ops.xgrad_optim.bind_tensors(tensors, [0], [torch.float32], numels) == -1
         chunks, tasks = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 1])
-        shape = (table, numels, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 8), chunks, tasks, 16)
-        torch.ops.xgrad_optim.multi_tensor_cpu(*shape, "sgdm", torch.float32, torch.float32, "")
+        shape = (table, numels, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 9), chunks, tasks, 16)
+        torch.ops.xgrad_optim.multi_tensor_cpu(*shape, False, "sgdm", torch.float32, torch.float32, "")
 
 
 def test_why_not():

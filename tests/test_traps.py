@@ -783,15 +783,20 @@ def scaler_step(scaler, optimizer, params, step, spoil=None):
 @either_precision
 @either_mode
 @pytest.mark.parametrize("spoil", [math.inf, math.nan])
-def test_a_step_that_the_grad_scaler_skips_changes_nothing(cls, master_weights, predicted, spoil):
-    """The very first step, too: no state, no step count, no mode."""
-    assert not hasattr(cls, "_step_supports_amp_scaling")
-    optimizer, params = trained(cls, steps=0, master_weights=master_weights)
-    twin, twin_params = trained(cls, steps=0, master_weights=master_weights)
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_that_the_grad_scaler_skips_changes_nothing(cls, master_weights, predicted, spoil, fused, request):
+    """The very first step, too: no step count, no mode. A fused step unscales and skips by itself."""
+    if fused and request.config.getoption("--only-backend") == "torch":
+        pytest.skip("fused=True demands a native back end")
+    optimizer, params = trained(cls, steps=0, master_weights=master_weights, fused=fused)
+    twin, twin_params = trained(cls, steps=0, master_weights=master_weights, fused=fused)
+    assert optimizer._step_supports_amp_scaling is bool(fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     scaler_step(scaler, optimizer, params, 0, spoil)
     assert_equal(params, twin_params)
-    assert not optimizer.state and not optimizer.predicted
+    assert not optimizer.predicted
+    for state in optimizer.state.values():
+        assert not any(value.any() for key, value in state.items() if key != "master_weights")
     for step in range(4):
         scaler_step(scaler, optimizer, params, step)
         train(twin, twin_params, [step])

@@ -1,27 +1,26 @@
 """XAdam and XAdamW: one rule at predicted weights; whether the weight decay is decoupled tells them apart."""
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from xgrad_optim.numeric import sqrt
+from xgrad_optim.numeric import Number, sqrt, square_root
 from xgrad_optim.optimizer import ADAM_ARGS_DOC, COMMON_DOC, XGradOptimizer
 from xgrad_optim.rule import Blocks, Hyper, Options, Rule
 
 
-def adam_coefficients(options: Options, step: float) -> dict[str, float]:
+def adam_coefficients(options: Options, step: Number) -> dict[str, Number]:
     """The columns of the whole Adam family; each of its rules lists those that it reads."""
-    beta1, beta2 = (float(beta) for beta in options["betas"])
+    beta1, beta2 = options["betas"]
     return {
-        "step_size": float(options["lr"]) / (1.0 - beta1**step),
+        "step_size": options["lr"] / (1.0 - beta1**step),
         "one_minus_beta1": 1.0 - beta1,
         "beta2": beta2,
         "one_minus_beta2": 1.0 - beta2,
-        "rsqrt_bias_correction2": 1.0 / math.sqrt(1.0 - beta2**step),
-        "eps": float(options["eps"]),
+        "rsqrt_bias_correction2": 1.0 / square_root(1.0 - beta2**step),
+        "eps": options["eps"],
     }
 
 

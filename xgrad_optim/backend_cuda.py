@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from xgrad_optim import backend_native, backend_torch, build_cuda
-from xgrad_optim.device_tables import Uploaded, guard, refused, tables_of
+from xgrad_optim import backend_device, build_cuda
+from xgrad_optim.device_tables import Uploaded
 from xgrad_optim.launch import Launch
 
 DEVICE = "cuda"
@@ -49,36 +49,24 @@ def why_not(launch: Launch) -> str | None:
     return None
 
 
-def prepare(launch: Launch) -> bool:
-    """Read the tensors as they now are; False where the Launch must be built anew."""
-    try:
-        tables_of(launch).read(launch)
-    except RuntimeError:  # a sparse gradient, say: the optimizer's own checks find the words for it
-        return False
-    return launch.tables.n_refused == 0 or launch.fits()
+prepare = backend_device.prepare
 
 
-def run(launch: Launch) -> None:
-    """Restore, update where there are gradients, and predict every tensor of the launch.
-
-    What is not flat takes the torch back end.
-    """
-    with guard(launch.device):
-        run_kernel(launch, tables_of(launch).upload(launch))
-    backend_native._bump_versions(launch)
-    if launch.tables.n_refused:
-        backend_torch.run(launch.part(refused(launch)))
+def run(launch: Launch) -> bool:
+    """Restore, update where there are gradients, and predict every tensor of the launch."""
+    return backend_device.run(launch, run_kernel)
 
 
 def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
     """One launch on the current stream, with a block for each chunk."""
+    has_master = "master_weights" in launch.state
     torch.ops.xgrad_optim.multi_tensor_cuda(
         *uploaded,
         launch.tables.chunk_size,
         launch.grads is not None,
         "max_exp_avg_sq" in launch.state,
-        "master_weights" in launch.state,
-        launch.trusts_master,
+        has_master,
+        has_master and launch.trusts_master,
         launch.rule.name,
         launch.dtype,
         launch.state_dtype,

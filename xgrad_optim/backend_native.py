@@ -3,7 +3,9 @@
 import functools
 import os
 import threading
+import weakref
 from itertools import chain
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,19 @@ from torch.autograd.graph import increment_version
 
 from xgrad_optim import backend_torch, build_native
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import plain
+from xgrad_optim.layout import local, plain
 
 ISA = os.environ.get("XGRAD_CPU_ISA", "")
 """The instruction set to use, "avx512", "avx2" or "baseline"; empty for the best one. It changes no bit."""
 
 _SLOTS = {"exp_avg": 2, "momentum_buffer": 2, "exp_avg_sq": 3, "max_exp_avg_sq": 4, "master_weights": 5}
 """Columns of the address table by state key (csrc/launch.h); the parameter's is 0, the gradient's 1."""
+
+_LAZY, _CHANGED = -1, -2
+"""Answers of read_addresses in place of the number of refused tensors (csrc/tensor_table.h)."""
+
+_BATCH = 1024
+"""Gradients handed to the library at a time: torch makes a copy of each reference, which stays in a cache so."""
 
 _PLAIN_CLASSES = {Tensor, torch.nn.Parameter}
 """Classes whose instances are the memory at their address."""
@@ -51,9 +59,13 @@ def _load() -> str | None:
 def _register_fakes() -> None:
     """Shapes without data have no addresses: under FakeTensorMode and torch.compile the operators do nothing."""
 
-    @torch.library.register_fake("xgrad_optim::fill_addresses")
-    def fill_addresses(tensors: Any, slots: Any, dtypes: Any, numels: Any, addresses: Any) -> int:
-        return len(tensors)  # refused, every one
+    @torch.library.register_fake("xgrad_optim::bind_tensors")
+    def bind_tensors(tensors: Any, slots: Any, dtypes: Any, numels: Any) -> int:
+        return _LAZY
+
+    @torch.library.register_fake("xgrad_optim::read_addresses")
+    def read_addresses(binding: int, grads: Any, first: int, count: int, addresses: Any) -> int:
+        return _LAZY
 
     @torch.library.register_fake("xgrad_optim::multi_tensor_cpu")
     def multi_tensor_cpu(*tables_and_options: Any) -> None:
@@ -76,16 +88,69 @@ def _owns_memory(tensor: Tensor) -> bool:
     return cls in _PLAIN_CLASSES or cls.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
+class _Binding:
+    """The library's hold on the tensors of a launch that live as long as it does: all but the gradients.
+
+    torch.utils.swap_tensors refuses tensors that are held so; where modules convert by it, none is held between steps.
+
+    Attributes:
+        written: the tensors whose version counters tell autograd of a run, as torch's own in-place operators do.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        slots, lists, dtypes = [0], [launch.params], [launch.dtype]
+        for key, buffers in launch.state.items():
+            slots.append(_SLOTS[key])
+            lists.append(buffers)
+            dtypes.append(launch.compute_dtype if key == "master_weights" else launch.state_dtype)
+        self._owners = list(chain(*lists))
+        self._is_plain = _PLAIN_CLASSES.issuperset(map(type, self._owners))
+        self._tensors = self._locals()
+        written = [launch.params, launch.state.get("master_weights", [])] if launch.grads is None else lists
+        self.written = list(chain(*written))
+        if not self._is_plain:
+            self.written += [local(tensor) for tensor in self.written]
+        self._name = torch.ops.xgrad_optim.bind_tensors(self._tensors, slots, dtypes, launch.tables.numels)
+        weakref.finalize(self, torch.ops.xgrad_optim.release_tensors, self._name)
+
+    def _locals(self) -> list[Tensor]:
+        return self._owners if self._is_plain else [local(tensor) for tensor in self._owners]
+
+    def is_current(self) -> bool:
+        """Whether the DTensors among the tensors still have the shards that were bound."""
+        return self._is_plain or all(map(is_, self._locals(), self._tensors))
+
+    def read(self, grads: list[Tensor] | None, addresses: Tensor) -> int:
+        grads = grads or []
+        if not _PLAIN_CLASSES.issuperset(map(type, grads)):
+            grads = [local(grad) for grad in grads]
+        if self._name == _LAZY:
+            return _LAZY
+        n_refused = 0
+        for first in range(0, len(addresses), _BATCH):
+            batch, count = grads[first : first + _BATCH], min(_BATCH, len(addresses) - first)
+            answer = torch.ops.xgrad_optim.read_addresses(self._name, batch, first, count, addresses)
+            if answer < 0:
+                return answer
+            n_refused += answer
+        return n_refused
+
+
 def prepare(launch: Launch) -> bool:
     """Read every address, dtype, size and stride again: tensors may have been moved, replaced or resized."""
     try:
-        launch.tables.n_refused = _fill_addresses(launch)
+        if launch.bound is None or torch.__future__.get_swap_module_params_on_conversion():
+            launch.bound = _Binding(launch)
+        if not launch.bound.is_current():
+            return False
+        n_refused = launch.bound.read(launch.grads, launch.tables.addresses)
     except RuntimeError:  # a sparse gradient, say: the optimizer's own checks find the words for it
         return False
-    return launch.tables.n_refused == 0 or launch.fits()
+    launch.tables.n_refused = n_refused
+    return n_refused == 0 or (n_refused != _CHANGED and launch.fits())
 
 
-def run(launch: Launch) -> None:
+def run(launch: Launch) -> bool:
     """Restore, update where there are gradients, and predict every tensor of the launch.
 
     What is not flat takes the torch back end.
@@ -94,7 +159,7 @@ def run(launch: Launch) -> None:
     n_refused = tables.n_refused
     if n_refused < 0:
         _run_apart(launch, _lazy_members(launch))
-        return
+        return False
     torch.ops.xgrad_optim.multi_tensor_cpu(
         tables.addresses,
         tables.numels,
@@ -109,28 +174,11 @@ def run(launch: Launch) -> None:
         launch.state_dtype,
         ISA,
     )
-    _bump_versions(launch)
+    increment_version(launch.bound.written)
     if n_refused:
         refused = torch.nonzero(tables.addresses[:, 0] == 0).flatten().tolist()
         backend_torch.run(launch.part(refused))
-
-
-def _fill_addresses(launch: Launch) -> int:
-    """Write the table of addresses. Returns how many tensors are not flat, or -1 where some are not yet computed."""
-    slots, lists, dtypes = [0], [launch.params], [launch.dtype]
-    if launch.grads is not None:
-        slots.append(1)
-        lists.append(launch.grads)
-        dtypes.append(launch.dtype)
-    for key, buffers in launch.state.items():
-        slots.append(_SLOTS[key])
-        lists.append(buffers)
-        dtypes.append(launch.compute_dtype if key == "master_weights" else launch.state_dtype)
-    tensors = list(chain(*lists))
-    if not _PLAIN_CLASSES.issuperset(map(type, tensors)):
-        tensors = [plain(tensor) for tensor in tensors]
-    tables = launch.tables
-    return torch.ops.xgrad_optim.fill_addresses(tensors, slots, dtypes, tables.numels, tables.addresses)
+    return n_refused == 0
 
 
 def _lazy_members(launch: Launch) -> list[int]:
@@ -151,14 +199,3 @@ def _run_apart(launch: Launch, members: list[int]) -> None:
         part = launch.part(others)
         prepare(part)
         run(part)
-
-
-def _bump_versions(launch: Launch) -> None:
-    """Tell autograd what was written, as torch's own in-place operators do."""
-    written = [launch.params, *launch.state.values()]
-    if launch.grads is None:
-        written = [launch.params, launch.state.get("master_weights", [])]
-    tensors = list(chain(*written))
-    if not _PLAIN_CLASSES.issuperset(map(type, tensors)):
-        tensors += [plain(tensor) for tensor in tensors]
-    increment_version(tensors)

@@ -30,13 +30,14 @@ def prepare(launch: Launch) -> bool:
     return launch.fits()
 
 
-def run(launch: Launch) -> None:
+def run(launch: Launch) -> bool:
     """Restore, update where there are gradients, and predict every tensor of the launch."""
     hypers = [_hyper(launch.rule, row) for row in launch.rows]
     scratch = _Scratch(launch.device, launch.compute_dtype)
     for block, row in _all_blocks(launch):
         if not hypers[row].is_skipped:
-            _run_block(launch.rule, block, hypers[row], launch.trusts_master, scratch)
+            _run_block(launch.rule, block, hypers[row], scratch)
+    return False
 
 
 def _all_blocks(launch: Launch) -> Iterator[tuple[dict[str, Tensor], int]]:
@@ -121,13 +122,10 @@ class _Scratch:
         return x if dtype == self.compute_dtype else x.copy_(self.get("rounded", dtype).copy_(x))
 
 
-def _run_block(
-    rule: Rule, block: dict[str, Tensor], hyper: Hyper, trusts_master: bool, scratch: _Scratch
-) -> None:
+def _run_block(rule: Rule, block: dict[str, Tensor], hyper: Hyper, scratch: _Scratch) -> None:
     scratch.fit(block["param"].shape)
     state = {key: scratch.load(key, block[key]) for key in (*rule.state_keys, "max_exp_avg_sq") if key in block}
-    is_master = trusts_master and "master_weights" in block
-    theta = block["master_weights"] if is_master else _restore(rule, block, state, hyper, scratch)
+    theta = _restore(rule, block, state, hyper, scratch)
     delta = None
     if "grad" in block:
         delta = _update(rule, block, state, theta, hyper, scratch)

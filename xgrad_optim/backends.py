@@ -37,8 +37,11 @@ class Backend(Protocol):
     def prepare(self, launch: "Launch") -> bool:
         """Read the tensors as they now are, before anything runs; False where the Launch must be built anew."""
 
-    def run(self, launch: "Launch") -> None:
-        """Restore, update where the Launch has gradients, and predict every tensor of the Launch."""
+    def run(self, launch: "Launch") -> bool:
+        """Restore, update where the Launch has gradients, and predict every tensor of the Launch.
+
+        Returns whether nothing but increment_version has moved the version counters of what was written.
+        """
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from xgrad_optim import backends
 from xgrad_optim.layout import DTensor, plain
 from xgrad_optim.numeric import COMPUTE_DTYPES, real_dtype
+from xgrad_optim.rows import Scaling, consecutive, make_rows
 from xgrad_optim.rule import Options, Rule
-from xgrad_optim.scalars import PREDICTED, SHIFT, STEP, Scalars
+from xgrad_optim.scalars import Scalars
 from xgrad_optim.state import State, matches
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 14
 """Elements of a chunk: the unit in which native back ends divide a tensor."""
+
+_version = attrgetter("_version")
 
 CHUNK_COST = 128
 """What it costs to begin a chunk, in elements; it keeps thousands of tiny tensors from counting as no work."""
@@ -32,9 +36,10 @@ class Entry:
     param: Tensor
     grad: Tensor | None
     options: Options
-    column: int
-    """Its column in the table of `Scalars`."""
     state: State
+    scalars: Scalars
+    column: int
+    """Its column in the table of `scalars`."""
 
 
 class Tables:
@@ -84,9 +89,10 @@ class Launch:
             share a row.
         row_of: each tensor's row.
         trusts_master: whether every parameter still holds what was made of its master weights, so that none is read.
+        bound: what the back end made of the tensors and keeps while the launch lives.
     """
 
-    def __init__(self, rule: Rule, entries: list[Entry], positions: list[int], scalars: Scalars) -> None:
+    def __init__(self, rule: Rule, entries: list[Entry], positions: list[int], to_predicted: bool | None) -> None:
         self.rule = rule
         self.params = [entry.param for entry in entries]
         grads = [entry.grad for entry in entries if entry.grad is not None]
@@ -102,32 +108,21 @@ class Launch:
         self.state_dtype = real_dtype(self.state[rule.state_keys[0]][0].dtype)
         self.compute_dtype = COMPUTE_DTYPES[self.dtype]
         self.is_capturable = bool(entries[0].options["capturable"])
-        self._scalars = scalars
-        self._positions = positions
-        self._members = numpy.array([entry.column for entry in entries])
+        self._positions, self._to_predicted = positions, to_predicted
+        self._scalars = entries[0].scalars
+        columns, options = [entry.column for entry in entries], [entry.options for entry in entries]
+        self._members = consecutive(columns)
+        self._rows = make_rows(rule, options, columns, self._scalars)
+        self.row_of = self._rows.row_of
         # A DTensor's version counter is not that of the shard that is written.
-        self._has_version = numpy.array([not isinstance(param, DTensor) for param in self.params])
-        self._group_into_rows(entries)
+        self._has_no_version = [i for i, param in enumerate(self.params) if isinstance(param, DTensor)]
+        self._bumps: numpy.ndarray | None = None
+        self._has_run = False
         self.rows = torch.empty(0)
         self.trusts_master = False
+        self.bound: Any = None
         self._tables: Tables | None = None
         self.backend = backends.choose(self, entries[0].options)
-
-    def _group_into_rows(self, entries: list[Entry]) -> None:
-        """Tensors share a row while their group and all their numbers are equal: they then stay equal."""
-        rows: dict[tuple[float, ...], int] = {}
-        self.row_of: list[int] = []
-        self._row_options: list[Options] = []
-        representatives: list[int] = []
-        for entry in entries:
-            key = (id(entry.options), *self._scalars.table[:, entry.column].tolist())
-            if key not in rows:
-                rows[key] = len(rows)
-                self._row_options.append(entry.options)
-                representatives.append(entry.column)
-            self.row_of.append(rows[key])
-        self._representatives = numpy.array(representatives)
-        self._members_row = numpy.array(self.row_of)
 
     def prepare(self, grads: list[Tensor] | None) -> bool:
         """Take a step's gradients. False where a tensor is no longer what the launch was built for."""
@@ -145,18 +140,14 @@ class Launch:
                     return False
         return self.grads is None or all(map(matches, self.params, self.grads))
 
-    def refresh(self) -> None:
-        """Compute the rows, in float64, from the groups' present hyperparameters; each number is rounded once."""
-        self._scalars.warn_of_foreign_writes(self._members, self.params)
-        make_row = _swap_row if self.grads is None else _step_row
-        numbers = self._scalars.table[:, self._representatives].T.tolist()
-        hypers = [
-            make_row(self.rule, options, *row) for options, row in zip(self._row_options, numbers, strict=True)
-        ]
-        values = [[hyper[column] for column in self.rule.columns] for hyper in hypers]
-        self.rows = torch.tensor(values, dtype=torch.float64, device="cpu").to(self.compute_dtype)
-        columns = ("shift", *self.rule.direction_columns)
-        self._next_prediction = numpy.array([[hyper[column] for column in columns] for hyper in hypers])
+    def refresh(self, scaling: Scaling) -> None:
+        """Compute the rows from the groups' present hyperparameters."""
+        self._versions = self._read_versions()
+        is_unwritten = self._scalars.are_unwritten(self._members, self._versions)
+        # Only a launch that has run before knows that no parameter was given other memory since; and a CUDA graph
+        # replays a step whatever was written in between.
+        self.trusts_master = is_unwritten and self._has_run and not self.is_capturable
+        self.rows = self._rows.compute(self.compute_dtype, self._to_predicted, scaling)
 
     @property
     def tables(self) -> Tables:
@@ -173,49 +164,31 @@ class Launch:
         part.grads = None if self.grads is None else [self.grads[i] for i in members]
         part.state = {key: [tensors[i] for i in members] for key, tensors in self.state.items()}
         part.row_of = [self.row_of[i] for i in members]
-        part._tables = None
+        part._tables, part.bound = None, None
         return part
 
     def run(self) -> None:
         """Run on the chosen back end, then note in the state what the parameters now hold."""
-        self.backend.run(self)
-        table, members = self._scalars.table, self._members
-        if self.grads is None:
-            table[PREDICTED, members] = 1.0 - table[PREDICTED, members]
-        else:
-            table[STEP, members] += 1.0
-            table[PREDICTED, members] = 1.0
-            table[SHIFT:, members] = self._next_prediction[self._members_row].T
+        is_whole = self.backend.run(self)
+        self._rows.advance()
+        if self.grads is not None:
             self.grads = []  # the cache must not keep them alive
-        self._scalars.note_writes(members, self.params, self._has_version)
+        # A run that the back end does as a whole moves every counter as far as the last one did.
+        is_known = is_whole and self._bumps is not None
+        versions = self._versions + self._bumps if is_known else self._read_versions()
+        self._bumps = versions - self._versions if is_whole else None
+        self._has_run = True
+        self._scalars.note_writes(self._members, versions)
+
+    def _read_versions(self) -> numpy.ndarray:
+        """The parameters' version counters, -1 where these do not tell of every write."""
+        versions = numpy.fromiter(map(_version, self.params), numpy.int64, len(self.params))
+        versions[self._has_no_version] = -1
+        return versions
 
 
-def _step_row(rule: Rule, options: Options, step: float, predicted: float, *prediction: float) -> dict[str, float]:
-    """Undo the last prediction with the numbers that made it, then update and predict with today's."""
-    row = rule.coefficients(options, step + 1)
-    weight_decay = float(options["weight_decay"])
-    is_decoupled = options.get("decoupled_weight_decay", False)
-    row["is_skipped"] = 0.0
-    row["grad_factor"] = -1.0 if options["maximize"] else 1.0
-    row["weight_decay"] = 0.0 if is_decoupled else weight_decay
-    row["decay_factor"] = 1.0 - float(options["lr"]) * weight_decay if is_decoupled else 1.0
-    row["shift"] = float(options["prediction_steps"]) * row["step_size"]
-    row["shift_prev"] = prediction[0] if predicted else 0.0
-    row.update({f"{name}_prev": value for name, value in zip(rule.direction_columns, prediction[1:], strict=True)})
-    return row
-
-
-def _swap_row(rule: Rule, options: Options, step: float, predicted: float, *prediction: float) -> dict[str, float]:
-    """Go to the other weights, with the numbers of the last prediction either way."""
-    row = dict.fromkeys(rule.columns, 0.0)
-    row["shift_prev" if predicted else "shift"] = prediction[0]
-    for name, value in zip(rule.direction_columns, prediction[1:], strict=True):
-        row[name] = row[f"{name}_prev"] = value
-    return row
-
-
-def build_launches(rule: Rule, entries: list[Entry], scalars: Scalars) -> list[Launch]:
-    """Divide the entries into launches: as few as devices, dtypes, buffers and demanded back ends allow."""
+def build_launches(rule: Rule, entries: list[Entry], to_predicted: bool | None = None) -> list[Launch]:
+    """Divide a step, or a swap to these weights, into as few launches as devices, dtypes, buffers and options allow."""
     launches: dict[tuple[object, ...], list[int]] = {}
     for position, entry in enumerate(entries):
         state, options = entry.state, entry.options
@@ -228,4 +201,4 @@ def build_launches(rule: Rule, entries: list[Entry], scalars: Scalars) -> list[L
             *(options[name] for name in ("backend", "foreach", "fused", "capturable")),
         )
         launches.setdefault(key, []).append(position)
-    return [Launch(rule, [entries[i] for i in positions], positions, scalars) for positions in launches.values()]
+    return [Launch(rule, [entries[i] for i in positions], positions, to_predicted) for positions in launches.values()]

@@ -1,5 +1,8 @@
 """The numeric contract's PyTorch side: which type computes, and a square root that rounds correctly."""
 
+import math
+from typing import Any
+
 import numpy
 import torch
 from torch import Tensor
@@ -10,6 +13,9 @@ COMPUTE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
+Number = Any
+"""A float, or a float64 tensor of such numbers where the host must not know them."""
+
 REAL_DTYPES = {torch.complex128: torch.float64, torch.complex64: torch.float32}
 
 
@@ -25,6 +31,11 @@ def is_supported(dtype: torch.dtype) -> bool:
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the master weights, and of the state beside them, of a parameter of this dtype."""
     return dtype if dtype.is_complex else COMPUTE_DTYPES[dtype]
+
+
+def square_root(x: Number) -> Number:
+    """Of a coefficient."""
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
 def sqrt(x: Tensor, out: Tensor) -> Tensor:

@@ -1,21 +1,20 @@
 """The base class of the five optimizers: the step, the two modes and the state. It knows no formula."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
-from operator import is_
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from xgrad_optim import backends, checkpoint
-from xgrad_optim.launch import Entry, Launch, build_launches
-from xgrad_optim.options import EXECUTION_OPTIONS, check_options
+from xgrad_optim import backends, checkpoint, hooks
+from xgrad_optim.cache import Active, StepCache
+from xgrad_optim.launch import Entry, build_launches
+from xgrad_optim.options import check_options
+from xgrad_optim.rows import UNSCALED, Scaling
 from xgrad_optim.rule import Options, Rule
-from xgrad_optim.scalars import PREDICTED, SHIFT, Scalars
+from xgrad_optim.scalars import Scalars, home, make_scalars
 from xgrad_optim.state import (
     State,
     check_gradient,
@@ -61,47 +60,8 @@ DECOUPLED_DOC = """\
         decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
 
 
-class Active(NamedTuple):
-    """The parameters that have a gradient, with it; param group i's end before index `ends[i]`."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    ends: list[int]
-
-
-class _Cache:
-    """What a step reuses of the one before: its launches, while all that they were built from is the same.
-
-    Attributes:
-        scalars: the numbers of every parameter that has state.
-        launches: those of the last step.
-        sources: the objects that these were built from, compared by identity.
-        switches: the options that divide them, compared by value.
-        builds: how often launches were built; a steady step adds nothing.
-    """
-
-    def __init__(self) -> None:
-        self.builds = 0
-        self.clear()
-
-    def clear(self) -> None:
-        self.scalars: Scalars | None = None
-        self.launches: list[Launch] = []
-        self.sources: list[object] = []
-        self.switches: list[object] = []
-
-    def holds(self, sources: list[object], switches: list[object]) -> bool:
-        return (
-            self.scalars is not None
-            and self.scalars.is_untouched
-            and self.switches == switches
-            and len(self.sources) == len(sources)
-            and all(map(is_, self.sources, sources))
-        )
-
-    def prepare(self, grads: list[Tensor]) -> bool:
-        """Hand the launches a step's gradients; False where a tensor is no longer what its launch was built for."""
-        return all(launch.prepare(grads) for launch in self.launches)
+Tracked = tuple[Tensor, State, Options]
+"""A parameter with its state and its group's options."""
 
 
 class XGradOptimizer(Optimizer):
@@ -115,7 +75,8 @@ class XGradOptimizer(Optimizer):
         defaults |= self._fixed()
         check_options(self.rule, defaults)
         backends.check_available(defaults)
-        self._cache = _Cache()
+        self._cache = StepCache()
+        self._switch = hooks.Switch()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,8 +85,9 @@ class XGradOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             group.update(self._fixed())
-        # An existing cache is emptied, not replaced: wrappers hold it through a copy of our __dict__.
-        self.__dict__.setdefault("_cache", _Cache()).clear()
+        # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
+        self.__dict__.setdefault("_cache", StepCache()).clear()
+        self.__dict__.setdefault("_switch", hooks.Switch()).forget(is_loaded=True)
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -144,6 +106,14 @@ class XGradOptimizer(Optimizer):
                 if len(distinct) != len(params):
                     raise ValueError("a parameter appears more than once in one parameter group")
         super().add_param_group(param_group)
+        self._switch.extend()
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's. An attached optimizer first puts theta in place, as its model's state_dict does."""
+        if self._switch.attachments:
+            self.eval()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a state_dict of this class or of its torch.optim base, saved in either mode.
@@ -163,6 +133,9 @@ class XGradOptimizer(Optimizer):
             if replaced is not None:
                 state_dict = replaced
         groups, state = checkpoint.load(self.rule, self.param_groups, state_dict)
+        if self._switch.attachments:
+            # The numbers that undo the present prediction are about to go.
+            self.eval()
         # In place: wrappers and schedulers hold the same dicts.
         self.state.clear()
         self.state.update(state)
@@ -170,6 +143,7 @@ class XGradOptimizer(Optimizer):
             group.clear()
             group.update(loaded, **self._fixed())
         self._cache.clear()
+        self._switch.forget(is_loaded=True)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -195,19 +169,48 @@ class XGradOptimizer(Optimizer):
         """The parameters hold theta inside the block, and afterwards what they held before.
 
         The place to evaluate, save, average or clip: what is written to the parameters inside is written to theta.
+        Forwards of an attached model in training mode see theta too (`torch.optim.swa_utils.update_bn`).
         """
         was_predicted = self.predicted
         self.eval()
+        self._switch.pins += 1
         try:
             yield
         finally:
+            self._switch.pins -= 1
             if was_predicted:
                 self.train()
 
-    def _tracked(self) -> list[tuple[Tensor, State, Options]]:
+    def attach(self, model: torch.nn.Module) -> hooks.Attachment:
+        """Let a model's own mode decide: in training mode a forward sees theta_hat, in evaluation mode theta.
+
+        The mode is that of the outermost module that runs, whether or not gradients are recorded. ``state_dict()`` of
+        the model, of its submodules and of this optimizer hold theta, ``load_state_dict()`` of the model sets theta;
+        each leaves theta in place until the next forward in training mode. Nothing but the mode needs to change
+        hands: a forward that finds its weights in place costs one comparison.
+
+        Attach after what replaces parameters or moves their all-gather into hooks (``fully_shard``), before or after
+        what wraps the model (``DistributedDataParallel``, ``torch.compile``). Several optimizers may attach to
+        one model, and one optimizer to several; all its parameters then change together. A module that joins the
+        model later is covered when it runs inside one that is attached; for calls of its own, attach again.
+
+        Args:
+            model: contains parameters of this optimizer. Trainable parameters that no attached optimizer owns make
+                the first forward raise RuntimeError.
+
+        Returns:
+            A handle: ``remove()`` takes the hooks off.
+
+        Raises:
+            TypeError: it is no module.
+            ValueError: it has none of this optimizer's parameters.
+        """
+        return hooks.attach(self, model)
+
+    def _tracked(self) -> list[Tracked]:
         """The parameters that have taken a step, with their state and options."""
         first = self.rule.state_keys[0]
-        tracked: list[tuple[Tensor, State, Options]] = [
+        tracked: list[Tracked] = [
             (param, state, group)
             for group in self.param_groups
             for param in group["params"]
@@ -219,29 +222,46 @@ class XGradOptimizer(Optimizer):
             fit_dtype(self.rule, param, state)
         return tracked
 
-    def _bind(self, states: list[State]) -> Scalars:
-        """The numbers of these states in one table: the cached one, unless the state was loaded, moved or edited."""
-        scalars = self._cache.scalars
-        if scalars is None or not scalars.are_in(states):
-            scalars = self._cache.scalars = Scalars(self.rule, states)
-        return scalars
+    def _bind(self, tracked: list[Tracked]) -> list[tuple[Scalars, int]]:
+        """Each parameter's table of numbers and its column there.
+
+        The tables are the cached ones, unless the state was loaded, moved or edited.
+        """
+        homes = [home(param, options) for param, _, options in tracked]
+        states: dict[torch.device, list[State]] = {}
+        places = []
+        for device, (_, state, _) in zip(homes, tracked, strict=True):
+            neighbours = states.setdefault(device, [])
+            places.append((device, len(neighbours)))
+            neighbours.append(state)
+        tables = self._cache.scalars
+        if tables.keys() != states.keys() or not all(tables[device].are_in(states[device]) for device in states):
+            tables = {device: make_scalars(self.rule, states[device], device) for device in states}
+            self._cache.scalars = tables
+        return [(tables[device], column) for device, column in places]
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap(self, to_predicted: bool) -> None:
+    def _swap(self, to_predicted: bool, but: Iterable[Tensor] = (), scaling: Scaling = UNSCALED) -> None:
+        """Put the other weights into all parameters but these, unless `scaling` has them skip it."""
         tracked = self._tracked()
-        scalars = self._bind([state for _, state, _ in tracked])
-        columns = numpy.flatnonzero(scalars.table[PREDICTED] != to_predicted).tolist()
-        # A shift of 0 leaves nothing to move, not even the version counter.
-        moving = [(column, *tracked[column]) for column in columns if scalars.table[SHIFT, column] != 0]
-        entries = [Entry(param, None, options, column, state) for column, param, state, options in moving]
-        launches = build_launches(self.rule, entries, scalars)
+        places = self._bind(tracked)
+        but = set(but)
+        moving = {scalars: set(scalars.to_move(to_predicted)) for scalars in self._cache.scalars.values()}
+        entries = [
+            Entry(param, None, options, state, scalars, column)
+            for (param, state, options), (scalars, column) in zip(tracked, places, strict=True)
+            if column in moving[scalars] and param not in but
+        ]
+        launches = build_launches(self.rule, entries, to_predicted)
         for launch in launches:
             launch.prepare(None)
-            launch.refresh()
+            launch.refresh(scaling)
         for launch in launches:
             launch.run()
-        scalars.table[PREDICTED, columns] = to_predicted
+        self._switch.turn(to_predicted)
+        if launches:
+            self._switch.drop_copies()
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -266,6 +286,8 @@ class XGradOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._update()
+        # Where a skipped step left theta in place, or the host can't know, the next forward has to look.
+        self._switch.turn(True if self._cache.are_all_predicted else None)
         return loss
 
     @torch.inference_mode(False)
@@ -273,14 +295,25 @@ class XGradOptimizer(Optimizer):
     def _update(self) -> None:
         active = self._active()
         cache = self._cache
-        if not (cache.holds(*self._built_from(active)) and cache.prepare(active.grads)):
+        if not (cache.holds(self.param_groups, active, self.state) and cache.prepare(active.grads)):
             self._rebuild(active)
+        scaling = self._scaling()
         for launch in cache.launches:
-            launch.refresh()
+            launch.refresh(scaling)
         for launch in cache.launches:
             launch.run()
-        if cache.scalars is not None and not cache.scalars.table[PREDICTED].all():
-            self._swap(to_predicted=True)
+        if not scaling.is_skipped_on_host and not cache.are_all_predicted:
+            self._swap(to_predicted=True, but=active.params, scaling=scaling)
+
+    def _scaling(self) -> Scaling:
+        """What a GradScaler leaves on the optimizer for the time of a fused step."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return Scaling(1.0 if grad_scale is None else grad_scale, 0.0 if found_inf is None else found_inf)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells torch.amp.GradScaler that `step` unscales the gradients, and skips itself where they overflowed."""
+        return all(bool(group["fused"]) for group in self.param_groups)
 
     def _active(self) -> Active:
         """The parameters that have a gradient; the groups' options are checked on the way."""
@@ -288,18 +321,14 @@ class XGradOptimizer(Optimizer):
         for group in self.param_groups:
             check_options(self.rule, group)
             params = group["params"]
-            grads = [param.grad for param in params]
-            active.params.extend(param for param, grad in zip(params, grads, strict=True) if grad is not None)
-            active.grads.extend(grad for grad in grads if grad is not None)
+            all_grads = [param.grad for param in params]
+            grads = [grad for grad in all_grads if grad is not None]
+            if len(grads) < len(params):
+                params = [param for param, grad in zip(params, all_grads, strict=True) if grad is not None]
+            active.params.extend(params)
+            active.grads.extend(grads)
             active.ends.append(len(active.params))
         return active
-
-    def _built_from(self, active: Active) -> tuple[list[object], list[object]]:
-        """What the launches of these parameters depend on: objects, and options."""
-        states = self.state.values()
-        sources = [*self.param_groups, *active.params, *states, *chain.from_iterable(map(dict.values, states))]
-        names = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
-        return sources, [*active.ends, *(group.get(name) for group in self.param_groups for name in names)]
 
     def _rebuild(self, active: Active) -> None:
         """Check everything, create the missing state and divide the step into launches."""
@@ -317,20 +346,19 @@ class XGradOptimizer(Optimizer):
             for param, group in zip(active.params, options, strict=True)
             if first not in self.state.get(param, {})
         }
-        tracked = [(param, state) for param, state, _ in self._tracked()] + list(created.items())
-        scalars = self._bind([state for _, state in tracked])
-        places = {param: (column, state) for column, (param, state) in enumerate(tracked)}
+        tracked = self._tracked()
+        tracked += [(param, created[param], group) for param, group in zip(active.params, options, strict=True)
+                    if param in created]
+        places = {param: (state, *place) for (param, state, _), place in zip(tracked, self._bind(tracked), strict=True)}
         entries = [
             Entry(param, grad, group, *places[param])
             for param, grad, group in zip(active.params, active.grads, options, strict=True)
         ]
-        launches = build_launches(self.rule, entries, scalars)
+        launches = build_launches(self.rule, entries)
         for param, state in created.items():
             self.state[param].update(state)
-        cache = self._cache
-        cache.launches, cache.builds = launches, cache.builds + 1
-        cache.sources, cache.switches = self._built_from(active)
-        cache.prepare(active.grads)
+        self._cache.keep(launches, self.param_groups, active, self.state)
+        self._cache.prepare(active.grads)
 
     def _conform_state(self, options: dict[Tensor, Options]) -> None:
         """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""

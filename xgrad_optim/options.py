@@ -13,10 +13,13 @@ EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiabl
 """Which code runs, not what it computes: these belong to the machine, so a checkpoint does not change them."""
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: object) -> float | None:
+    """The number, or None where it lives on a device: to know it would be to wait for it."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        if not value.is_cpu:
+            return None
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number or a 1-element Tensor, got {value!r}")
@@ -26,14 +29,15 @@ def _number(name: str, value: object) -> float:
 def _at_least_zero(title: str) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         number = _number(name, value)
-        if not (number >= 0.0 and math.isfinite(number)):
+        if number is not None and not (number >= 0.0 and math.isfinite(number)):
             raise ValueError(f"Invalid {title}: {number} ({name} must be finite and >= 0)")
 
     return check
 
 
 def _finite(name: str, value: object) -> None:
-    if not math.isfinite(number := _number(name, value)):
+    number = _number(name, value)
+    if number is not None and not math.isfinite(number):
         raise ValueError(f"Invalid {name} value: {number} ({name} must be finite)")
 
 
@@ -42,7 +46,7 @@ def _betas(name: str, value: object) -> None:
         raise TypeError(f"betas must be a pair of numbers, got {value!r}")
     for index, beta in enumerate(value):
         number = _number(f"betas[{index}]", beta)
-        if not 0.0 <= number < 1.0:
+        if number is not None and not 0.0 <= number < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {number} (betas must be in [0, 1))")
 
 

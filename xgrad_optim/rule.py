@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from xgrad_optim.numeric import Number
+
 Options = Mapping[str, Any]
 """A param group's hyperparameters by name."""
 
@@ -33,7 +35,8 @@ class Rule:
         positive_options: those that may not be 0.
         accumulate_columns: coefficients of `accumulate`.
         direction_columns: coefficients of `direction`; a prediction is undone with the ones that made it.
-        coefficients: `(options, step) -> {column: value}` in float64, `step_size` included; `step` counts from 1.
+        coefficients: `(options, step) -> {column: value}` in float64, `step_size` included; `step` counts from 1. Plain
+            arithmetic, because each number may be a tensor on a device (capturable, fused).
         accumulate: `(grad, state, hyper, scratch)` advances `state` in place; `grad` is read only.
         direction: `(state, hyper, scratch) -> delta`, either in `scratch` or a buffer of `state`.
     """
@@ -44,7 +47,7 @@ class Rule:
     required_options: tuple[str, ...]
     accumulate_columns: tuple[str, ...]
     direction_columns: tuple[str, ...]
-    coefficients: Callable[[Options, float], dict[str, float]]
+    coefficients: Callable[[Options, Number], dict[str, Number]]
     accumulate: Callable[[Tensor, Blocks, Hyper, Tensor], None]
     direction: Callable[[Blocks, Hyper, Tensor], Tensor]
     positive_options: tuple[str, ...] = ()

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from xgrad_optim.numeric import Number
 from xgrad_optim.optimizer import COMMON_DOC, XGradOptimizer
 from xgrad_optim.rule import Blocks, Hyper, Options, Rule
 
 
-def coefficients(options: Options, step: float) -> dict[str, float]:
-    # A momentum of 0 starts the buffer afresh: the first step, and plain SGD, which knows no dampening.
-    is_fresh = step == 1 or options["momentum"] == 0
+def coefficients(options: Options, step: Number) -> dict[str, Number]:
+    # A momentum of 0 starts the buffer afresh: plain SGD, which knows no dampening, and the first step, as 0**0 is 1.
     return {
-        "step_size": float(options["lr"]),
-        "momentum": 0.0 if is_fresh else float(options["momentum"]),
-        "one_minus_dampening": 1.0 - float(options["dampening"]),
+        "step_size": options["lr"],
+        "momentum": options["momentum"] * (1.0 - 0.0 ** (step - 1.0)),
+        "one_minus_dampening": 1.0 - options["dampening"],
     }
 
 

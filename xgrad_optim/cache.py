@@ -1,0 +1,87 @@
+"""What a step reuses of the one before: its launches, while all that they were built from is the same."""
+
+from collections.abc import Mapping
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from xgrad_optim.launch import Launch
+from xgrad_optim.options import EXECUTION_OPTIONS
+from xgrad_optim.rule import Options
+from xgrad_optim.scalars import Scalars
+from xgrad_optim.state import State
+
+_SWITCHES = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
+"""Options that divide a step into launches; all others are read anew at every step."""
+
+
+class Active(NamedTuple):
+    """The parameters that have a gradient, with it; param group i's end before index `ends[i]`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    ends: list[int]
+
+
+class _NoTensorEqualsAnother(TorchFunctionMode):
+    """Makes == of containers an identity comparison: they ask two tensors only where these are not one object."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+class StepCache:
+    """The launches of the last step.
+
+    Attributes:
+        scalars: the numbers of every parameter that has state, by the device that they live on.
+        launches: those of the last step.
+        builds: how often launches were built; a steady step adds nothing.
+    """
+
+    def __init__(self) -> None:
+        self.builds = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.scalars: dict[torch.device, Scalars] = {}
+        self.launches: list[Launch] = []
+        self._groups: list[Options] = []
+        self._objects: tuple[list[Any], ...] = ()
+        self._divided_by: list[object] = []
+
+    def keep(
+        self, launches: list[Launch], groups: list[dict[str, Any]], active: Active, state: Mapping[Tensor, State]
+    ) -> None:
+        """Launches that were built from these."""
+        self.launches, self.builds = launches, self.builds + 1
+        self._groups, self._divided_by = list(groups), _switches(groups, active)
+        self._objects = (active.params, list(state), [dict(values) for values in state.values()])
+
+    def holds(self, groups: list[dict[str, Any]], active: Active, state: Mapping[Tensor, State]) -> bool:
+        """Whether the launches were built from these very objects and options."""
+        if self._divided_by != _switches(groups, active) or not all(s.is_untouched for s in self.scalars.values()):
+            return False
+        if len(self._groups) != len(groups) or not all(map(is_, self._groups, groups)):
+            return False
+        try:
+            with _NoTensorEqualsAnother():
+                return self._objects == (active.params, list(state), list(state.values()))
+        except (TypeError, ValueError, RuntimeError):  # a foreign object in the state that was replaced
+            return False
+
+    @property
+    def are_all_predicted(self) -> bool:
+        """Whether every parameter holds theta_hat, as far as the host knows."""
+        return all(scalars.are_all_predicted for scalars in self.scalars.values())
+
+    def prepare(self, grads: list[Tensor]) -> bool:
+        """Hand the launches a step's gradients; False where a tensor is no longer what its launch was built for."""
+        return all(launch.prepare(grads) for launch in self.launches)
+
+
+def _switches(groups: list[dict[str, Any]], active: Active) -> list[object]:
+    return [*active.ends, *(group.get(name) for group in groups for name in _SWITCHES)]
