@@ -1,8 +1,10 @@
 """The CUDA library compiles, links and loads on a machine without a GPU or a driver, and then says so."""
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,23 +98,46 @@ except RuntimeError as error:
     assert f"backend='cuda' cannot run this (cuda: {reason})" in _python(code)
 
 
-def test_a_failing_nvcc_is_quoted_whole(tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
+def _fake_nvcc(directory: Path, action: str) -> str:
+    """A toolkit whose compiler knows sm_90 and otherwise does this; returns its CUDA_HOME."""
+    nvcc = directory / "bin" / "nvcc"
     nvcc.parent.mkdir()
-    nvcc.write_text(
-        '#!/bin/sh\nif [ "$1" = --list-gpu-arch ]; then echo compute_90; exit; fi\n'
-        "echo 'first line of it'; echo 'last line of it' >&2; exit 1\n"
-    )
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --list-gpu-arch ]; then echo compute_90; exit; fi\n{action}\n')
     nvcc.chmod(0o755)
+    return str(directory)
+
+
+def test_a_failing_nvcc_is_quoted_whole(tmp_path):
+    home = _fake_nvcc(tmp_path, "echo 'first line of it'; echo 'last line of it' >&2; exit 1")
     code = (
         "from xgrad_optim import build_cuda\n"
         "try: build_cuda.find_or_build([90])\n"
         "except RuntimeError as error: print(error)"
     )
-    output = _python(code, CUDA_HOME=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    output = _python(code, CUDA_HOME=home, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     assert "compiling failed" in output and "first line of it" in output and "last line of it" in output
-    nvcc.unlink()
-    assert "there is no nvcc" in _python(code, CUDA_HOME=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    output = _python(code, CUDA_HOME=str(tmp_path / "nowhere"), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    assert "there is no nvcc" in output
+
+
+def test_a_wheel_can_hold_the_library(tmp_path):
+    """setup.py and what it asks of the compilers, which here write empty files."""
+    home = _fake_nvcc(tmp_path, 'while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done')
+    source = tmp_path / "source"
+    for name in ("xgrad_optim", "csrc", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy2(ROOT / name, source)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", str(tmp_path), str(source)],
+        env={**os.environ, "XGRAD_BUILD": "cuda", "CUDA_HOME": home, "CXX": f"{home}/bin/nvcc", "TORCH_CUDA_ARCH_LIST": ""},
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert f"xgrad_optim/{build_cuda._stem()}-90.so" in libraries
+    assert f"xgrad_optim/{build_native.library_name()}" in libraries
 
 
 def test_a_library_is_found_again_where_it_runs_on_the_gpus(tmp_path, monkeypatch):
