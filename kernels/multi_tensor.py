@@ -11,18 +11,18 @@ from xgrad_optim.device_tables import SLOTS, guard, refused, tables_of
 from xgrad_optim.kernels.element import run_element
 from xgrad_optim.kernels.rules import RULES
 from xgrad_optim.launch import Launch
-from xgrad_optim.rule import STEP_COLUMNS
+from xgrad_optim.rule import STEP_COLUMNS, Rule
 
 DEVICES = ("cuda", "xpu")
 """Types of devices that Triton compiles for; ROCm's GPUs are "cuda" to torch."""
 
-BLOCK = 1024
+BLOCK = 512
 """Elements that a program works on at a time."""
 
-OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-"""8 warps of 32 threads have 4 elements each of a block: one 16-byte access of float32, and no more registers than let
-several programs share a multiprocessor, which hides the latency of memory. No stages: there is nothing to prefetch
-that these programs do not. No fusion: every operation rounds."""
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+"""4 warps of 32 threads have 4 elements each of a block: one 16-byte access of float32 at a time, and so few registers
+that many programs share a multiprocessor, which is what hides the latency of memory: so no stages, there is nothing to
+prefetch within one. No fusion: every operation rounds."""
 
 DTYPES = {
     torch.float64: tl.float64,
@@ -225,15 +225,22 @@ def run(launch: Launch) -> None:
     if len(tables.chunks):
         with guard(launch.device):
             uploaded = tables_of(launch).upload(launch)
-            multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant(launch), **OPTIONS)
+            multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **OPTIONS)
     backend_native._bump_versions(launch)
     if tables.n_refused:
         backend_torch.run(launch.part(refused(launch)))
 
 
-def variant(launch: Launch) -> dict[str, Any]:
+def variant(
+    rule: Rule,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    has_grad: bool,
+    has_max_exp_avg_sq: bool,
+    has_master_weights: bool,
+    trusts_master: bool,
+) -> dict[str, Any]:
     """What the kernel is compiled for. No number of the rows is among it, nor how many tensors there are."""
-    rule = launch.rule
     accumulate, direction = RULES[rule.name]
     return {
         "ACCUMULATE": accumulate,
@@ -241,14 +248,20 @@ def variant(launch: Launch) -> dict[str, Any]:
         "N_STATES": len(rule.state_keys),
         "N_ACCUMULATE": len(rule.accumulate_columns),
         "N_DIRECTION": len(rule.direction_columns),
-        "PARAM": DTYPES[launch.dtype],
-        "STATE": DTYPES[launch.state_dtype],
-        "HAS_GRAD": launch.grads is not None,
-        "HAS_MAX_EXP_AVG_SQ": "max_exp_avg_sq" in launch.state,
-        "HAS_MASTER_WEIGHTS": "master_weights" in launch.state,
-        "TRUSTS_MASTER": launch.trusts_master,
+        "PARAM": DTYPES[dtype],
+        "STATE": DTYPES[state_dtype],
+        "HAS_GRAD": has_grad,
+        "HAS_MAX_EXP_AVG_SQ": has_max_exp_avg_sq,
+        "HAS_MASTER_WEIGHTS": has_master_weights,
+        "TRUSTS_MASTER": trusts_master,
         "BLOCK": BLOCK,
     }
+
+
+def variant_of(launch: Launch) -> dict[str, Any]:
+    has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
+    has_grad, trusts = launch.grads is not None, launch.trusts_master
+    return variant(launch.rule, launch.dtype, launch.state_dtype, has_grad, has_max, has_master, trusts)
 
 
 def _runs_on_cpu() -> bool:

@@ -96,14 +96,19 @@ def assemble(ptx: Path, architecture: str, cubin: Path) -> Path:
 @functools.cache
 def kernels_of(cubin: Path) -> dict[str, MachineCode]:
     """Every kernel of a cubin by its (mangled) name."""
-    usage = {name: tuple(map(int, rest)) for name, *rest in _USAGE.findall(_disassemble("-res-usage", cubin))}
+    usage = usage_of(cubin)
     _preamble, *texts = _FUNCTION.split(_disassemble("-sass", cubin))
     kernels = {}
     for name, text in zip(texts[::2], texts[1::2], strict=True):
         instructions = tuple(Instruction(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(text))
-        registers, stack, _shared, local = usage[name]
-        kernels[name] = MachineCode(name, registers, stack + local, instructions)
+        kernels[name] = MachineCode(name, *usage[name], instructions)
     return kernels
+
+
+def usage_of(cubin: Path) -> dict[str, tuple[int, int]]:
+    """Registers and bytes of local memory of every kernel; a hundred times faster than the instructions."""
+    found = _USAGE.findall(_disassemble("-res-usage", cubin))
+    return {name: (int(registers), int(stack) + int(local)) for name, registers, stack, _shared, local in found}
 
 
 def _disassemble(option: str, cubin: Path) -> str:

@@ -19,8 +19,8 @@ from xgrad_optim import launch as launch_module
 # numpy warns where a GPU does not: inf - inf, and 0 / 0 in the direction of a prediction that there is not yet.
 pytestmark = [needs_library, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
-SIZES = (0, 3, 64, 85)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIZES = (0, 3, 85)
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +78,11 @@ def test_special_numbers(case):
         twins.step([grad.contiguous()])
 
 
-def test_layouts():
-    storage = torch.randn(500)
-    flat = [storage[1:68], storage[70:171], torch.randn(6, 7).t()]
-    gaps = [torch.randn(8, 10)[:, ::2]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.complex128], ids=str)
+def test_layouts(dtype):
+    storage = torch.randn(150, dtype=dtype)
+    flat = [storage[1:34], storage[40:101], torch.randn(6, 7, dtype=dtype).t()]
+    gaps = [torch.randn(8, 10, dtype=dtype)[:, ::2]]
     twins = triton_twins(XAdamW, flat + gaps)
     train(twins, flat + gaps, steps=2)
 

@@ -51,6 +51,15 @@ def test_equals_the_cpu_back_end(case, dtype):
         train(triton_twins(case.make, tensors, prediction_steps=steps, master_weights=master), tensors)
 
 
+@pytest.mark.parametrize("architecture", [80])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_other_architectures_convert_alike(dtype, architecture, monkeypatch):
+    """Each has its own instructions for 16 bits."""
+    monkeypatch.setattr(multi_tensor.multi_tensor_kernel, "architecture", architecture)
+    tensors = [torch.randn(1500, dtype=dtype)]
+    train(triton_twins(XAdamW, tensors), tensors)
+
+
 @every_optimizer
 def test_sizes_around_a_chunk(case):
     tensors = [torch.randn(size) for size in SIZES]
@@ -217,7 +226,7 @@ def test_a_tensor_beyond_32_bits_of_elements():
     optimizer.step()
     launch = optimizer._cache.launches[0]
     launch.grads = [torch.ones(1)]
-    kernel, block, shared = load_kernel(90, tuple(multi_tensor.variant(launch).items()))
+    kernel, block, shared = load_kernel(90, tuple(multi_tensor.variant_of(launch).items()))
     kernel.launch(2, block, [*tables, chunk, *[0] * (len(kernel.params) - 6)], memory, shared=shared)
     for part in ("first", "last"):
         assert (ends["param", part] == 1 - 0.5 * 2 - 0.25 * 2).all()

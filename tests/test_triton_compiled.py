@@ -1,0 +1,69 @@
+"""Every variant of the Triton kernel compiles for every GPU we promise, into the machine code that we expect of it.
+
+A compiler may spill registers to memory, split wide accesses where it lost sight of the alignment, move values between
+threads through shared memory, or contract a product and a sum: each costs speed or bits, and none shows in a result.
+"""
+
+import re
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton back end needs the package triton")
+import triton.language as tl
+from machine_code import ARCHITECTURES, REASON, kernels_of, usage_of
+from triton_kernels import RULES, all_variants, compile_kernel
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+NEVER = r"\bfma\.rn\.f(32|64)|\.ftz|\.approx|div\.full|ld\.local|st\.local|\.shared"
+"""On sm_80 fma.rn.bf16 with a factor of 1 is its addition."""
+
+MAX_REGISTERS = {tl.float64: 128, tl.float32: 80, tl.bfloat16: 80, tl.float16: 80}
+"""By the parameters' dtype: then 6 programs of 128 threads share a multiprocessor's 65536 registers, 4 of float64."""
+
+
+def expected_widths(variant) -> tuple[Counter[int], Counter[int]]:
+    """Bytes of each load and store of one thread, which has 4 elements of every buffer: 16 of float32, 8 of 16 bits."""
+    n_bytes = {tl.float64: (16, 16), tl.float32: (16,), tl.bfloat16: (8,), tl.float16: (8,)}
+    param, state = n_bytes[variant["PARAM"]], n_bytes[variant["STATE"]]
+    master = n_bytes[tl.float64 if variant["PARAM"] == tl.float64 else tl.float32]
+    has_grad, has_master, trusts = variant["HAS_GRAD"], variant["HAS_MASTER_WEIGHTS"], variant["TRUSTS_MASTER"]
+    has_max = variant["HAS_MAX_EXP_AVG_SQ"]
+    # With a running maximum a swap has no use for the second moment itself.
+    n_states = variant["N_STATES"] + has_max
+    n_loaded = n_states - (has_max and not has_grad)
+    loads = (not trusts) * param + has_grad * param + n_loaded * state + has_master * master
+    stores = param + has_grad * n_states * state + (has_master and (has_grad or not trusts)) * master
+    return Counter(loads), Counter(stores)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("has_grad", [True, False], ids=["step", "swap"])
+def test_every_variant(rule, architecture, has_grad, tmp_path):
+    for variant in all_variants(RULES[rule], has_grad):
+        compiled = compile_kernel(int(architecture.removeprefix("sm_")), variant)
+        cubin = tmp_path / f"{compiled.hash}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx = compiled.asm["ptx"]
+        assert not re.search(NEVER, ptx), variant
+        assert compiled.metadata.shared == 0
+        ((registers, local),) = usage_of(cubin).values()
+        assert local == 0, f"{variant} spills"
+        assert registers <= MAX_REGISTERS[variant["PARAM"]], variant
+        if architecture == "sm_90":
+            check_instructions(cubin, variant)
+
+
+def check_instructions(cubin, variant) -> None:
+    """The main path reads and writes each buffer once, as wide as it can, in global memory; it may be unrolled."""
+    (code,) = kernels_of(cubin).values()
+    assert code.local_accesses == code.generic_accesses == 0
+    loads, stores = code.widths("LD", code.main_loop), code.widths("ST", code.main_loop)
+    expected_loads, expected_stores = expected_widths(variant)
+    n_rounds = loads.total() // expected_loads.total()
+    assert loads == Counter({width: count * n_rounds for width, count in expected_loads.items()}), variant
+    assert stores == Counter({width: count * n_rounds for width, count in expected_stores.items()}), variant
+    if variant["N_DIRECTION"] == 0:  # divisions and roots are made of exact multiply-adds
+        assert not any(instruction.opcode in ("FFMA", "DFMA") for instruction in code.instructions)
