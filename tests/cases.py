@@ -59,25 +59,27 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_optimizer = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
 
 
-def small_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
+def small_model(dtype: torch.dtype = torch.float64, seed: int = 0, hidden: int = 7) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).to(dtype)
+    model = torch.nn.Sequential(torch.nn.Linear(5, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3)).to(dtype)
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * 0.5)
     return model
 
 
-def loss_of(model: torch.nn.Module, step: int) -> torch.Tensor:
-    """A loss that depends on the weights and on the step's own batch."""
+def loss_of(model: torch.nn.Module, step: int, share: slice = slice(None)) -> torch.Tensor:
+    """A loss that depends on the weights and on the step's own batch, or a share of it."""
     generator = torch.Generator().manual_seed(1000 + step)
     dtype = next(model.parameters()).dtype
     x = torch.randn(16, 5, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randn(16, 3, generator=generator, dtype=torch.float64).to(dtype)
-    return ((model(x) - y) ** 2).mean()
+    return ((model(x[share]) - y[share]) ** 2).mean()
 
 
-def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def train_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, share: slice = slice(None)
+) -> None:
     optimizer.zero_grad()
-    loss_of(model, step).backward()
+    loss_of(model, step, share).backward()
     optimizer.step()

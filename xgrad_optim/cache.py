@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from xgrad_optim.launch import Launch
+from xgrad_optim.layout import DTensor, place_like
 from xgrad_optim.options import EXECUTION_OPTIONS
 from xgrad_optim.rule import Options
 from xgrad_optim.scalars import Scalars
@@ -25,6 +26,10 @@ class Active(NamedTuple):
     grads: list[Tensor]
     ends: list[int]
 
+    def placed(self) -> "Active":
+        """With every gradient cut as its parameter is: tensor parallelism leaves sums over the ranks to do."""
+        return self._replace(grads=list(map(place_like, self.grads, self.params)))
+
 
 class _NoTensorEqualsAnother(TorchFunctionMode):
     """Makes == of containers an identity comparison: they ask two tensors only where these are not one object."""
@@ -39,6 +44,7 @@ class StepCache:
     Attributes:
         scalars: the numbers of every parameter that has state, by the device that they live on.
         launches: those of the last step.
+        is_sharded: whether there are DTensors among their parameters.
         builds: how often launches were built; a steady step adds nothing.
     """
 
@@ -49,6 +55,7 @@ class StepCache:
     def clear(self) -> None:
         self.scalars: dict[torch.device, Scalars] = {}
         self.launches: list[Launch] = []
+        self.is_sharded = False
         self._groups: list[Options] = []
         self._objects: tuple[list[Any], ...] = ()
         self._divided_by: list[object] = []
@@ -58,6 +65,7 @@ class StepCache:
     ) -> None:
         """Launches that were built from these."""
         self.launches, self.builds = launches, self.builds + 1
+        self.is_sharded = any(isinstance(param, DTensor) for param in active.params)
         self._groups, self._divided_by = list(groups), _switches(groups, active)
         self._objects = (active.params, list(state), [dict(values) for values in state.values()])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xgrad_optim.layout import DTensor
+from xgrad_optim.layout import DTensor, place_like
 from xgrad_optim.options import EXECUTION_OPTIONS, check_options
 from xgrad_optim.rule import Rule
 from xgrad_optim.state import state_dtype
@@ -80,6 +80,11 @@ def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> d
     for key, buffer in buffers.items():
         if not isinstance(buffer, Tensor):
             raise ValueError(f"{where}: {key!r} must be a tensor, got {buffer!r}")
+        if isinstance(buffer, DTensor) and not isinstance(param, DTensor):
+            raise ValueError(
+                f"{where}: {key!r} is sharded and the parameter is not. Save with torch.distributed.checkpoint's "
+                "get_optimizer_state_dict, options=StateDictOptions(full_state_dict=True)"
+            )
         if buffer.shape != param.shape:
             raise ValueError(
                 f"{where}: the parameter has shape {tuple(param.shape)}, its {key!r} has shape {tuple(buffer.shape)}"
@@ -97,7 +102,6 @@ def _number(where: str, value: Any) -> Tensor:
 
 
 def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of value on the parameter's device and with its strides."""
-    if isinstance(param, DTensor) != isinstance(value, DTensor):
-        return value.to(device=param.device, dtype=dtype, copy=True)
+    """A copy of value on the parameter's device, with its strides, and sharded as it is."""
+    value = place_like(value.to(param.device), param)
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)

@@ -28,7 +28,8 @@ class Switch:
             at the state to know.
         is_loaded: whether the state was loaded since, so that the model that belongs to it may still be to come.
         pins: how many `true_weights()` blocks are open.
-        outermost: of the attached modules that are running, the one that was called first.
+        outermost: of the attached modules that are running, the id of the one that was called first, or 0. The module
+            itself would be one object by two names to torch.compile, which refuses that.
         attachments: the optimizer's own, as long as their models live.
     """
 
@@ -36,7 +37,7 @@ class Switch:
         self.position: bool | None = None
         self.is_loaded = False
         self.pins = 0
-        self.outermost: Module | None = None
+        self.outermost = 0
         self.attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
     def turn(self, position: bool | None) -> None:
@@ -129,15 +130,15 @@ class Attachment:
         """Forward pre-hook. Modules inside a running one follow it: a frozen BatchNorm must not swap mid-forward."""
         switch = self.switch
         # The outermost one anew is what an interrupted forward leaves behind, or a recursion, of the same mode.
-        if switch.outermost is None or switch.outermost is module:
-            switch.outermost = module
+        if switch.outermost == 0 or switch.outermost == id(module):
+            switch.outermost = id(module)
             if switch.position is not module.training:
                 self._place(module)
 
     def leave(self, module: Module, args: object, output: object) -> None:
         """Forward hook, called also where the forward raises."""
-        if self.switch.outermost is module:
-            self.switch.outermost = None
+        if self.switch.outermost == id(module):
+            self.switch.outermost = 0
 
     def save(self, module: Module, *args: object) -> None:
         """Pre-hook of state_dict: what is saved is theta."""
@@ -156,6 +157,7 @@ class Attachment:
         self._is_checked = False
         self.save(module)
 
+    @torch._disable_dynamo
     def _place(self, module: Module) -> None:
         """Put the weights in place that a forward in this module's mode is to see."""
         if self.optimizer is None or (module.training and self.switch.pins):

@@ -6,14 +6,31 @@ import torch
 from torch import Tensor
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 else:  # builds of torch without distributed
     DTensor = ()  # type: ignore[assignment,misc]
 
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself, or a DTensor's local shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # to_local() of a parameter is another tensor at every call, over the same memory.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_placed_like(tensor: Tensor, param: Tensor) -> bool:
+    """Whether both are plain tensors, or both DTensors that are cut alike, so that their shards belong together."""
+    if isinstance(tensor, DTensor) and isinstance(param, DTensor):
+        return tensor.placements == param.placements and tensor.device_mesh == param.device_mesh
+    return isinstance(tensor, DTensor) == isinstance(param, DTensor)
+
+
+def place_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """The tensor, cut as the parameter is: pending sums are carried out, and of a whole tensor the shard is taken."""
+    if is_placed_like(tensor, param) or not isinstance(param, DTensor):
+        return tensor
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=param.placements)
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def as_real(tensor: Tensor) -> Tensor:

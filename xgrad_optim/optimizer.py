@@ -23,6 +23,7 @@ from xgrad_optim.state import (
     follow_options,
     follows_options,
     new_state,
+    warn_of_replaced,
 )
 
 COMMON_DOC = """\
@@ -59,6 +60,11 @@ ADAM_ARGS_DOC = """
 DECOUPLED_DOC = """\
         decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
 
+
+_UNSTEADY = (
+    "parameters, gradients or state have other memory at every look, so that no step can be prepared: nothing was "
+    "changed. Is another thread replacing them, or a tensor subclass making them anew?"
+)
 
 Tracked = tuple[Tensor, State, Options]
 """A parameter with its state and its group's options."""
@@ -254,8 +260,9 @@ class XGradOptimizer(Optimizer):
             if column in moving[scalars] and param not in but
         ]
         launches = build_launches(self.rule, entries, to_predicted)
+        if not all(launch.prepare(None) for launch in launches):
+            raise RuntimeError(_UNSTEADY)
         for launch in launches:
-            launch.prepare(None)
             launch.refresh(scaling)
         for launch in launches:
             launch.run()
@@ -295,7 +302,10 @@ class XGradOptimizer(Optimizer):
     def _update(self) -> None:
         active = self._active()
         cache = self._cache
-        if not (cache.holds(self.param_groups, active, self.state) and cache.prepare(active.grads)):
+        is_held = cache.holds(self.param_groups, active, self.state)
+        if cache.is_sharded or not is_held:
+            active = active.placed()  # a collective, where it is one: once in a step, for all ranks to take part
+        if not (is_held and cache.prepare(active.grads)):
             self._rebuild(active)
         scaling = self._scaling()
         for launch in cache.launches:
@@ -332,35 +342,34 @@ class XGradOptimizer(Optimizer):
 
     def _rebuild(self, active: Active) -> None:
         """Check everything, create the missing state and divide the step into launches."""
-        options = [
-            group
-            for group, start, end in zip(self.param_groups, [0, *active.ends], active.ends, strict=False)
-            for _ in range(start, end)
-        ]
-        for param, grad, group in zip(active.params, active.grads, options, strict=True):
+        bounds = zip(self.param_groups, [0, *active.ends], active.ends, strict=False)
+        groups = {param: group for group, start, end in bounds for param in active.params[start:end]}
+        for (param, group), grad in zip(groups.items(), active.grads, strict=True):
             check_gradient(type(self).__name__, param, grad, group)
-        self._conform_state(dict(zip(active.params, options, strict=True)))
+        self._conform_state(groups)
         first = self.rule.state_keys[0]
         created = {
             param: new_state(self.rule, param, group)
-            for param, group in zip(active.params, options, strict=True)
+            for param, group in groups.items()
             if first not in self.state.get(param, {})
         }
-        tracked = self._tracked()
-        tracked += [(param, created[param], group) for param, group in zip(active.params, options, strict=True)
-                    if param in created]
+        if created:
+            warn_of_replaced(self.state, [param for group in self.param_groups for param in group["params"]])
+        tracked = self._tracked() + [(param, state, groups[param]) for param, state in created.items()]
         places = {param: (state, *place) for (param, state, _), place in zip(tracked, self._bind(tracked), strict=True)}
         entries = [
             Entry(param, grad, group, *places[param])
-            for param, grad, group in zip(active.params, active.grads, options, strict=True)
+            for (param, group), grad in zip(groups.items(), active.grads, strict=True)
         ]
         launches = build_launches(self.rule, entries)
         for param, state in created.items():
             self.state[param].update(state)
         self._cache.keep(launches, self.param_groups, active, self.state)
-        self._cache.prepare(active.grads)
+        if not self._cache.prepare(active.grads):
+            self._cache.clear()
+            raise RuntimeError(_UNSTEADY)
 
-    def _conform_state(self, options: dict[Tensor, Options]) -> None:
+    def _conform_state(self, options: Mapping[Tensor, Options]) -> None:
         """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
         switched = [
             (param, state)

@@ -1,11 +1,12 @@
 """One parameter with its gradient and its state: checked, created, and kept in line with each other."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from xgrad_optim.layout import local
+from xgrad_optim.layout import is_placed_like, local
 from xgrad_optim.numeric import is_supported, master_dtype
 from xgrad_optim.rule import Options, Rule
 
@@ -65,11 +66,30 @@ def check_state(rule: Rule, param: Tensor, state: State) -> None:
     """Raise RuntimeError where a buffer does not lie beside its parameter element by element."""
     for key in rule.buffer_keys:
         buffer = state.get(key, param)
-        if buffer.shape != param.shape or buffer.device != param.device:
+        if buffer.shape != param.shape or buffer.device != param.device or not is_placed_like(buffer, param):
             raise RuntimeError(
-                f"a parameter has shape {tuple(param.shape)} on {param.device}, but its state[{key!r}] has "
-                f"shape {tuple(buffer.shape)} on {buffer.device}: replace or move both"
+                f"a parameter has {_described(param)}, but its state[{key!r}] has {_described(buffer)}: "
+                "replace or move both"
             )
+
+
+def _described(tensor: Tensor) -> str:
+    placements = getattr(tensor, "placements", None)
+    return f"shape {tuple(tensor.shape)} on {tensor.device}" + ("" if placements is None else f", placed {placements}")
+
+
+def warn_of_replaced(states: Mapping[Tensor, State], params: Collection[Tensor]) -> None:
+    """Say so where parameters without state seem to replace others, whose predicted weights they then hold."""
+    left = [states[param] for param in set(states).difference(params)]
+    count = sum(bool(state.get("predicted", 0) * state.get("prediction_shift", 0)) for state in left)
+    if count:
+        warnings.warn(
+            f"{count} parameters that hold predicted weights have left the param groups, and new ones have no "
+            "state yet. If the new ones replace them (fully_shard, a conversion of the model), training goes on "
+            "without momentum and takes predicted weights for true ones. Make the optimizer after the replacement; in "
+            "mid-training save state_dict() of model and optimizer before it and load both afterwards",
+            stacklevel=2,
+        )
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor, options: Options) -> None:
