@@ -69,7 +69,9 @@ __device__ __forceinline__ void run_pack(const int64_t (&home)[kNumSlots], int o
   }
 
   *at<Param, kWidth>(home[kParam], offset) = param;
-  if (kBuffers.has_master_weights) *at<T, kWidth>(home[kMasterWeights], offset) = master_weights;
+  // A swap that trusts the master weights has no cause to change them.
+  constexpr bool kWritesMaster = kBuffers.has_grad || !kBuffers.trusts_master;
+  if (kBuffers.has_master_weights && kWritesMaster) *at<T, kWidth>(home[kMasterWeights], offset) = master_weights;
   if constexpr (kBuffers.has_grad) {  // a swap changes no state, so it writes none
     for (int s = 0; s < Rule::kNumStates; ++s) *at<State, kWidth>(home[kState0 + s], offset) = state[s];
     if (kBuffers.has_max_exp_avg_sq) *at<State, kWidth>(home[kMaxExpAvgSq], offset) = max_exp_avg_sq;

@@ -13,6 +13,7 @@ from simulation import Simulator, ptxsim, slot_widths
 from xgrad_optim import backend_cuda, build_cuda, build_native
 from xgrad_optim.device_tables import Uploaded
 from xgrad_optim.launch import Launch
+from xgrad_optim.numeric import COMPUTE_DTYPES
 
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -73,6 +74,17 @@ class Variant:
     @property
     def buffers(self) -> tuple[bool, bool, bool, bool]:
         return self.has_grad, self.has_max_exp_avg_sq, self.has_master_weights, self.trusts_master
+
+    def operands(self) -> tuple[list[int], list[int]]:
+        """Bytes of an element of each buffer that a run must load, and of each that it must store."""
+        n_states = 1 if self.rule == "sgdm" else 2
+        param, state, master = (dtype.itemsize for dtype in (self.dtype, self.state_dtype, COMPUTE_DTYPES[self.dtype]))
+        params, masters = [param] * (not self.trusts_master), [master] * self.has_master_weights
+        if not self.has_grad:  # the running maximum stands in for the second moment
+            written = [] if self.trusts_master else masters
+            return [*params, *[state] * n_states, *masters], [param, *written]
+        states = [state] * (n_states + self.has_max_exp_avg_sq)
+        return [*params, param, *states, *masters], [param, *states, *masters]
 
     @property
     def symbol(self) -> str:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cuda_kernels import RULES, Variant, compiled, every_variant, needs_nvcc, ptx_of
+from cuda_kernels import RULES, compiled, every_variant, needs_nvcc, ptx_of
 from machine_code import ARCHITECTURES, REASON, kernels_of
 
 pytestmark = [needs_nvcc, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -18,18 +18,6 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 MAX_REGISTERS = 128
 """With these, two blocks of 256 threads fit a multiprocessor, each thread with 64 bytes and more on their way."""
-
-
-def operands(variant: Variant) -> tuple[list[int], list[int]]:
-    """Bytes of an element of each buffer that a step or swap must load, and of each that it must store."""
-    n_states = 1 if variant.rule == "sgdm" else 2
-    param, state = variant.dtype.itemsize, variant.state_dtype.itemsize
-    states = [state] * (n_states + variant.has_max_exp_avg_sq)
-    master = [max(param, 4)] * variant.has_master_weights
-    if not variant.has_grad:
-        # The running maximum stands in for the second moment.
-        return [param] * (not variant.trusts_master) + [state] * n_states + master, [param, *master]
-    return [param] * (2 - variant.trusts_master) + states + master, [param, *states, *master]
 
 
 @every_rule
@@ -43,7 +31,7 @@ def test_nothing_is_spilled_and_the_main_loop_moves_packs(rule, architecture):
         assert code.stack == code.local_accesses == code.generic_accesses == 0, variant
         assert code.registers <= MAX_REGISTERS, variant
         width = 16 // max(variant.dtype.itemsize, variant.state_dtype.itemsize)
-        loads, stores = operands(variant)
+        loads, stores = variant.operands()
         moved = {kind: sorted(code.widths(kind, code.main_loop).elements()) for kind in ("LD", "ST")}
         assert moved["ST"] == sorted(width * size for size in stores), variant
         if variant.has_grad:
