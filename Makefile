@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BEHAVIOUR := $(addprefix tests/test_,reference.py numeric.py swap.py parity.py launch.py state.py step.py traps.py)
 
-.PHONY: demo test test-clients lint bench clean
+.PHONY: demo test test-clients lint bench gpu-report clean
 
 .venv/.ready: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,10 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/overhead.py
+
+# What the GPU kernels' machine code is made of, into benchmarks/results; needs no GPU.
+gpu-report: .venv/.ready
+	$(BIN)/python benchmarks/gpu_report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -2,7 +2,8 @@
 
 The native CPU library is compiled into the wheel where torch can be imported in the build (pip's
 --no-build-isolation) and a compiler exists; otherwise the first use compiles it. XGRAD_BUILD=none leaves it out,
-XGRAD_BUILD=cpu makes a failure an error.
+XGRAD_BUILD=cpu makes a failure an error, XGRAD_BUILD=cuda adds the CUDA library (nvcc compiles it for
+$TORCH_CUDA_ARCH_LIST, or for the common architectures; no GPU is needed).
 """
 
 import importlib.util
@@ -26,13 +27,13 @@ CLIENTS = ["transformers>=5.24", "accelerate>=1.15", "lightning>=2.6"]
 
 def is_native() -> bool:
     """Whether this build contains the compiled library, which makes it one for this platform."""
-    if WANTED not in ("auto", "none", "cpu"):
-        sys.exit(f"XGRAD_BUILD must be auto, none or cpu, got {WANTED!r}")
-    return WANTED == "cpu" or (WANTED == "auto" and importlib.util.find_spec("torch") is not None)
+    if WANTED not in ("auto", "none", "cpu", "cuda"):
+        sys.exit(f"XGRAD_BUILD must be auto, none, cpu or cuda, got {WANTED!r}")
+    return WANTED in ("cpu", "cuda") or (WANTED == "auto" and importlib.util.find_spec("torch") is not None)
 
 
 class BuildWithNativeLibrary(build_py):
-    """Copies the Python files, then puts the compiled library beside them."""
+    """Copies the Python files, then puts the compiled libraries beside them."""
 
     def run(self) -> None:
         super().run()
@@ -47,9 +48,18 @@ class BuildWithNativeLibrary(build_py):
             with tempfile.TemporaryDirectory() as scratch:
                 shutil.copy2(native.build(scratch), package)
         except RuntimeError as error:
-            if WANTED == "cpu":
+            if WANTED != "auto":
                 raise
             self.warn(f"the native CPU library is left to the first use: {error}")
+        if WANTED == "cuda":
+            self.build_cuda(package)
+
+    def build_cuda(self, package: Path) -> None:
+        sys.path.insert(0, str(ROOT))
+        from xgrad_optim import build_cuda
+
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copy2(build_cuda.build(scratch, build_cuda.architectures_ahead_of_time()), package)
 
 
 class PlatformDistribution(Distribution):

@@ -7,11 +7,11 @@ the peer named in the table, and the rate at which the bytes that must move were
     python benchmarks/overhead.py                        every section, GPT-2 small
     python benchmarks/overhead.py step --workload tiny   one section, a small model
     python benchmarks/overhead.py --json out.json        the numbers as JSON lines too
+    python benchmarks/overhead.py --device cuda          a GPU: four models, and the paper's procedure too
+    python benchmarks/overhead.py --device cpu --scale 0.01    the same tables on the CPU, tried on small models
 """
 
 import argparse
-import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,22 +23,15 @@ from pathlib import Path
 
 import numpy
 import torch
-from rich.console import Console
-from rich.table import Table
+from measuring import Report, cpu_name, gpt2_shapes, make_params
+from overhead_device import WORKLOADS as DEVICE_WORKLOADS
+from overhead_device import measure_device
 
-import xgrad_optim
 from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW, available_backends
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+RESULTS = Path(__file__).resolve().parent / "results"
 SECTIONS = ("step", "bf16", "small", "memory", "bandwidth")
-
-
-def gpt2_shapes(width: int, layers: int, vocabulary: int = 50257, context: int = 1024) -> list[tuple[int, ...]]:
-    """The parameter shapes of GPT-2: 148 tensors, 124 million elements, at width 768 and 12 layers."""
-    norm = [(width,), (width,)]
-    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(vocabulary, width), (context, width), *(norm + attention + norm + mlp) * layers, *norm]
 
 
 WORKLOADS = {
@@ -94,14 +87,6 @@ def our_backends() -> dict[str, str]:
     return {name: peer for name, peer in (("cpu", "fused"), ("torch", "foreach")) if reasons[name] is None}
 
 
-def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Parameters with gradients, both random and never zero."""
-    params = [torch.randn(shape).mul_(0.02).to(dtype).requires_grad_() for shape in shapes]
-    for param in params:
-        param.grad = torch.randn(param.shape).mul_(0.01).to(dtype)
-    return params
-
-
 def interleave(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each call in each round; the order turns from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -113,39 +98,6 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int, warmup: int 
             if index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-class Report:
-    """Prints tables and keeps the numbers for the JSON."""
-
-    def __init__(self) -> None:
-        self.console = Console(width=None if sys.stdout.isatty() else 120)
-        self.rows: list[dict[str, object]] = []
-
-    def table(self, title: str, columns: list[str], rows: list[list[object]]) -> None:
-        table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
-            self.rows.append({"table": title, **dict(zip(columns, row, strict=True))})
-        self.console.print(table)
-
-    def save(self, path: Path) -> None:
-        header = {
-            "xgrad_optim": xgrad_optim.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": cpu_name(),
-            "threads": torch.get_num_threads(),
-        }
-        partial = path.with_name(path.name + ".part")
-        partial.write_text("".join(json.dumps({**header, **row}) + "\n" for row in self.rows), encoding="utf-8")
-        partial.replace(path)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def compare(report: Report, title: str, contenders: list[Contender], make: Callable, rounds: int) -> None:
@@ -283,16 +235,25 @@ def section_bandwidth(report: Report, shapes: list[tuple[int, ...]], rounds: int
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)}; default all")
-    parser.add_argument("--workload", choices=WORKLOADS, default="gpt2-small")
+    names = list(dict.fromkeys([*WORKLOADS, *DEVICE_WORKLOADS]))
+    parser.add_argument("--workload", choices=names, default=None, help="default gpt2-small; with --device, all of its")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers there, one JSON object a line")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="the tables of a device in their place")
+    parser.add_argument("--scale", type=float, default=1.0, help="with --device: so much of each model (default 1)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="with --device: folder for JSON lines and plot")
     parser.add_argument("--peak-of", choices=MEMORY_CASES, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"unknown section {sorted(unknown)[0]!r} (choose from {', '.join(SECTIONS)})")
     if options.rounds < 1 or (options.threads is not None and options.threads < 1):
         parser.error("--rounds and --threads must be at least 1")
+    if not 0 < options.scale <= 1:
+        parser.error("--scale must be above 0 and at most 1")
+    known = WORKLOADS if options.device is None else DEVICE_WORKLOADS
+    if options.workload is not None and options.workload not in known:
+        parser.error(f"--workload {options.workload} does not belong to these tables (choose from {', '.join(known)})")
     return options
 
 
@@ -301,11 +262,19 @@ def main(argv: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.device is not None:
+        names = [options.workload] if options.workload else list(DEVICE_WORKLOADS)
+        try:
+            measure_device(options.device, names, options.scale, options.rounds, options.out)
+        except RuntimeError as error:
+            sys.exit(f"--device {options.device}: {error}")
+        return
+    options.workload = options.workload or "gpt2-small"
     shapes = WORKLOADS[options.workload]
     if options.peak_of:
         print(peak_bytes(options.peak_of, shapes))
         return
-    report = Report()
+    report = Report(cpu_name())
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.workload}")
     sections: dict[str, Callable[[], None]] = {
         "step": lambda: section_step(report, shapes, options.rounds),

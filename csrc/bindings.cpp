@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "arguments.h"
 #include "multi_tensor_cpu.h"
 #include "tensor_table.h"
 
@@ -15,29 +16,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-RuleId rule_of(const std::string& name) {
-  if (name == "sgdm") return RuleId::kSgdm;
-  if (name == "adam") return RuleId::kAdam;
-  if (name == "adabelief") return RuleId::kAdaBelief;
-  if (name == "adam3") return RuleId::kAdaM3;
-  STD_TORCH_CHECK(false, "multi_tensor_cpu: there is no rule \"", name, "\"");
-}
-
-Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "multi_tensor_cpu: expected a real floating-point dtype, got ", static_cast<int>(type));
-  }
-}
 
 // The instruction sets that this build and this machine have, best first.
 std::vector<std::string> cpu_isas() {
@@ -65,18 +43,8 @@ Kernel find_kernel(RuleId rule, Dtype param_dtype, Dtype state_dtype, const std:
   return baseline::find_kernel(rule, param_dtype, state_dtype);
 }
 
-void check_table(const char* name, const Tensor& table, ScalarType type, int64_t dim) {
-  STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == type && table.dim() == dim,
-                  "multi_tensor_cpu: ", name, " must be a contiguous CPU tensor of ", dim, " dimensions and dtype ",
-                  static_cast<int>(type), ", got ", table.dim(), " dimensions and dtype ",
-                  static_cast<int>(table.scalar_type()));
-}
-
-template <class T> const T* data(const Tensor& table) { return static_cast<const T*>(table.const_data_ptr()); }
-
 // No index of the tables may lead out of another one.
 void check_launch(const Launch& launch, int64_t n_tensors, int64_t n_rows, int64_t n_chunks) {
-  STD_TORCH_CHECK(launch.chunk_size > 0, "multi_tensor_cpu: chunk_size must be positive, got ", launch.chunk_size);
   for (int64_t tensor = 0; tensor < n_tensors; ++tensor) {
     const int32_t row = launch.row_of[tensor];
     STD_TORCH_CHECK(0 <= row && row < n_rows, "multi_tensor_cpu: tensor ", tensor, " has row ", row, " of ", n_rows);
@@ -92,29 +60,22 @@ void check_launch(const Launch& launch, int64_t n_tensors, int64_t n_rows, int64
 // Steps or swaps every tensor of a Launch, except those whose addresses are 0. `tasks` are the bounds, in chunks, of
 // about equal portions of work. The result depends on neither the portions nor the threads.
 void multi_tensor_cpu(Tensor addresses, Tensor numels, Tensor row_of, Tensor rows, Tensor chunks, Tensor tasks,
-                      int64_t chunk_size, bool trusts_master, std::string rule, ScalarType param_dtype, ScalarType state_dtype,
-                      std::string isa) {
-  const Kernel kernel = find_kernel(rule_of(rule), dtype_of(param_dtype), dtype_of(state_dtype), isa);
+                      int64_t chunk_size, bool trusts_master, std::string rule, ScalarType param_dtype,
+                      ScalarType state_dtype, std::string isa) {
+  const RuleId id = rule_of(rule);
+  const Dtype dtype = dtype_of(param_dtype);
+  const Kernel kernel = find_kernel(id, dtype, dtype_of(state_dtype), isa);
   STD_TORCH_CHECK(kernel, "multi_tensor_cpu: no kernel for parameters of dtype ", static_cast<int>(param_dtype),
                   " with state of dtype ", static_cast<int>(state_dtype));
-  const ScalarType compute = param_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check_table("addresses", addresses, ScalarType::Long, 2);
-  check_table("numels", numels, ScalarType::Long, 1);
-  check_table("row_of", row_of, ScalarType::Int, 1);
-  check_table("rows", rows, compute, 2);
-  check_table("chunks", chunks, ScalarType::Int, 2);
+  for (const Tensor* table : {&addresses, &numels, &row_of, &rows, &chunks, &tasks}) {
+    STD_TORCH_CHECK(table->is_cpu(), "multi_tensor_cpu: all tables must be on the CPU");
+  }
   check_table("tasks", tasks, ScalarType::Long, 1);
-  const int64_t n_tensors = addresses.size(0), n_chunks = chunks.size(0), n_tasks = tasks.numel() - 1;
-  STD_TORCH_CHECK(addresses.size(1) == kNumSlots && numels.numel() == n_tensors && row_of.numel() == n_tensors &&
-                      chunks.size(1) == 2,
-                  "multi_tensor_cpu: the tables disagree about the number of tensors or slots");
-  const int64_t n_columns = baseline::count_columns(rule_of(rule));
-  STD_TORCH_CHECK(rows.size(1) == n_columns, "multi_tensor_cpu: the rule \"", rule, "\" has ", n_columns,
-                  " columns, the rows have ", rows.size(1));
-  const Launch launch{data<int64_t>(addresses), data<int64_t>(numels), data<int32_t>(row_of), rows.const_data_ptr(),
-                      rows.size(1),             data<Chunk>(chunks),   chunk_size, trusts_master};
+  Launch launch = read_tables(addresses, numels, row_of, rows, chunks, chunk_size, baseline::count_columns(id), dtype);
+  launch.trusts_master = trusts_master;
+  const int64_t n_tensors = numels.numel(), n_chunks = chunks.size(0), n_tasks = tasks.numel() - 1;
   check_launch(launch, n_tensors, rows.size(0), n_chunks);
-  const int64_t* bounds = data<int64_t>(tasks);
+  const int64_t* bounds = static_cast<const int64_t*>(tasks.const_data_ptr());
   STD_TORCH_CHECK(n_tasks >= 0 && bounds[0] == 0 && bounds[n_tasks] == n_chunks &&
                       std::is_sorted(bounds, bounds + n_tasks + 1),
                   "multi_tensor_cpu: the tasks must cover the ", n_chunks, " chunks in order");

@@ -102,17 +102,12 @@ void run_chunk(const int64_t* addresses, int64_t offset, int64_t count, const Hy
 template <class Rule, class Param, class State> void run_chunks(const Launch& launch, int64_t begin, int64_t end) {
   using S = Compute<Param>;
   for (int64_t c = begin; c < end; ++c) {
-    const auto [tensor, index] = launch.chunks[c];
-    const int64_t* addresses = launch.addresses + int64_t{tensor} * kNumSlots;
-    if (addresses[kParam] == 0) continue;
-    const int64_t offset = index * launch.chunk_size;
-    const int64_t rest = launch.numels[tensor] - offset;
-    const int64_t count = rest < launch.chunk_size ? rest : launch.chunk_size;
-    const S* row = static_cast<const S*>(launch.rows) + launch.row_of[tensor] * launch.n_columns;
-    const Hyper<Rule, S> hyper(row);
+    const Piece piece(launch, c);
+    if (piece.addresses[kParam] == 0) continue;
+    const Hyper<Rule, S> hyper(static_cast<const S*>(launch.rows) + piece.row);
     if (hyper.is_skipped != 0) continue;
-    const bool trusts_master = launch.trusts_master && addresses[kMasterWeights] != 0;
-    run_chunk<Rule, Param, State>(addresses, offset, count, hyper, trusts_master);
+    const bool trusts_master = launch.trusts_master && piece.addresses[kMasterWeights] != 0;
+    run_chunk<Rule, Param, State>(piece.addresses, piece.offset, piece.count, hyper, trusts_master);
   }
 }
 

@@ -24,7 +24,7 @@ struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template D
   }
 
   // An empty struct has a size of 1 and no columns.
-  template <class Part> static constexpr int columns_of() { return sizeof(Part) / sizeof(S); }
+  template <class Part> XGRAD_HD static constexpr int columns_of() { return sizeof(Part) / sizeof(S); }
 
   static constexpr int kNumColumns = columns_of<StepHyper<S>>() +
                                      columns_of<typename Rule::template AccumulateHyper<S>>() +
@@ -33,8 +33,11 @@ struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template D
  private:
   template <class Part> XGRAD_HD static void read(const S*& row, Part& part) {
     constexpr int kColumns = columns_of<Part>();
-    if (kColumns != 0) std::memcpy(&part, row, kColumns * sizeof(S));
-    row += kColumns;
+    if constexpr (kColumns != 0) {
+      S columns[kColumns];  // one by one: a GPU would copy memory of unknown alignment by bytes
+      for (S& column : columns) column = *row++;
+      std::memcpy(&part, columns, sizeof(part));
+    }
   }
 };
 

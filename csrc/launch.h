@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "numeric.h"
+
 namespace xgrad {
 
 // Columns of the address table. A slot that the launch does not use holds 0, and so does the whole line of a tensor
@@ -28,6 +30,22 @@ struct Launch {
   const Chunk* chunks;  // [n_chunks]
   int64_t chunk_size;
   bool trusts_master;
+};
+
+// One chunk of a launch: the addresses of its tensor by slot, which of its elements, and their coefficients.
+struct Piece {
+  const int64_t* addresses;
+  int64_t offset, count;
+  int64_t row;
+
+  XGRAD_HD Piece(const Launch& launch, int64_t chunk) {
+    const Chunk found = launch.chunks[chunk];
+    addresses = launch.addresses + int64_t{found.tensor} * kNumSlots;
+    offset = found.index * launch.chunk_size;
+    const int64_t rest = launch.numels[found.tensor] - offset;
+    count = rest < launch.chunk_size ? rest : launch.chunk_size;
+    row = launch.row_of[found.tensor] * launch.n_columns;
+  }
 };
 
 // Runs chunks [begin, end) of a launch; which rule, dtypes and instructions is what tells kernels apart.

@@ -9,6 +9,8 @@
 #include <cstring>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define XGRAD_HD __host__ __device__ __forceinline__
 #else
 #define XGRAD_HD inline __attribute__((always_inline))
@@ -46,10 +48,13 @@ template <class To, class From> XGRAD_HD To bit_cast(From from) {
   return to;
 }
 
-// 16 bits, in the low half of a U, to the float that they are; exact.
+// 16 bits, in the low half of a U, to the float that they are; exact. GPUs have instructions for it.
 template <class F, class U> XGRAD_HD F widen(U half, BFloat16) { return bit_cast<F>(half << 16); }
 
 template <class F, class U> XGRAD_HD F widen(U half, Float16) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(half)));
+#else
   const U sign = (half & 0x8000u) << 16;
   const U magnitude = (half & 0x7FFFu) << 13;
   const U normal = magnitude + (112u << 23);                 // the exponent's bias grows from 15 to 127
@@ -57,17 +62,25 @@ template <class F, class U> XGRAD_HD F widen(U half, Float16) {
   const F shifted = bit_cast<F>(magnitude + (113u << 23)) - 0x1p-14f;  // a subnormal is an offset from the least normal
   const U is_normal_or_special = magnitude >= (1u << 23) ? normal : bit_cast<U>(shifted);
   return bit_cast<F>(sign | (magnitude >= (31u << 23) ? special : is_normal_or_special));
+#endif
 }
 
 // A float to the nearest 16-bit number, ties to even; any NaN to the quiet one that torch writes.
 template <class U, class F> XGRAD_HD U narrow(F x, BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
   const U bits = bit_cast<U>(x);
   const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const U quiet_nan = U{} + 0x7FC0u;
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded;
+#endif
 }
 
 template <class U, class F> XGRAD_HD U narrow(F x, Float16) {
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rn(x));
+#else
   const U bits = bit_cast<U>(x);
   const U sign = (bits & 0x80000000u) >> 16;
   const U magnitude = bits & 0x7FFFFFFFu;
@@ -79,6 +92,7 @@ template <class U, class F> XGRAD_HD U narrow(F x, Float16) {
   const U special = magnitude > 0x7F800000u ? quiet_nan : infinity;
   const U finite = magnitude < (113u << 23) ? subnormal : normal;
   return sign | (magnitude >= (143u << 23) ? special : finite);
+#endif
 }
 
 // What the rules ask of a number type. The scalars' here; a SIMD vector's is in simd.h.
@@ -87,6 +101,8 @@ template <class T> struct Numeric;
 template <> struct Numeric<double> {
   XGRAD_HD static double square_root(double x) { return std::sqrt(x); }
   template <class Storage> XGRAD_HD static double round(double x) { return x; }
+  XGRAD_HD static double load(const double* address) { return *address; }
+  XGRAD_HD static void store(double* address, double x) { *address = x; }
 };
 
 template <> struct Numeric<float> {
@@ -97,6 +113,15 @@ template <> struct Numeric<float> {
   }
   // The nearest number that Storage can hold.
   template <class Storage> XGRAD_HD static float round(float x) { return round_as(x, Storage{}); }
+
+  XGRAD_HD static float load(const float* address) { return *address; }
+  XGRAD_HD static void store(float* address, float x) { *address = x; }
+  template <class Half> XGRAD_HD static float load(const Half* address) {
+    return widen<float>(uint32_t{address->bits}, Half{});
+  }
+  template <class Half> XGRAD_HD static void store(Half* address, float x) {
+    address->bits = static_cast<uint16_t>(narrow<uint32_t>(x, Half{}));
+  }
 };
 
 // NaN where either is, as torch.maximum.

@@ -18,6 +18,7 @@ NAMES = ("triton", "cuda", "cpu", "torch")
 
 _MODULES = {
     "triton": "xgrad_optim.kernels.multi_tensor",
+    "cuda": "xgrad_optim.backend_cuda",
     "cpu": "xgrad_optim.backend_native",
     "torch": "xgrad_optim.backend_torch",
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 TARGET_VERSION = "0x020a000000000000"
 """The stable ABI of torch 2.10, the first that has parallel_for: the library runs on this torch and all later ones."""
 
-_PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent
 _FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 _ISA_FLAGS = {
     "baseline": (),
@@ -32,8 +32,8 @@ _TIMEOUT = 600.0
 
 def source_directory() -> Path:
     """Inside an installed package, beside the package in a checkout."""
-    inside = _PACKAGE / "csrc"
-    return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
+    inside = PACKAGE / "csrc"
+    return inside if inside.is_dir() else PACKAGE.parent / "csrc"
 
 
 def sources() -> list[Path]:
@@ -52,10 +52,15 @@ def compile_args() -> list[str]:
 
 def library_name() -> str:
     """Named after all that it is made from, so that a name that exists is a library that is current."""
-    digest = hashlib.sha256(repr((compile_args(), _isas(), sys.platform, platform.machine())).encode())
-    for path in (*sources(), *headers()):
+    return f"libxgrad_optim-{digest_of(sources(), compile_args(), _isas())}.so"
+
+
+def digest_of(inputs: list[Path], *flags: object) -> str:
+    """Stands for these sources and all headers, the flags, and the platform."""
+    digest = hashlib.sha256(repr((*flags, sys.platform, platform.machine())).encode())
+    for path in (*inputs, *headers()):
         digest.update(path.name.encode() + path.read_bytes())
-    return f"libxgrad_optim-{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
 
 
 def find_or_build() -> Path:
@@ -64,12 +69,12 @@ def find_or_build() -> Path:
     Raises:
         RuntimeError: it can't be built; the text says why.
     """
-    _torch_directory()
+    torch_directory()
     try:
         name = library_name()
     except OSError as error:
         raise RuntimeError(f"the C++ sources are missing: {error}") from None
-    for directory in (_PACKAGE, cache_directory()):
+    for directory in (PACKAGE, cache_directory()):
         if (directory / name).is_file():
             return directory / name
     return build(cache_directory())
@@ -81,15 +86,28 @@ def build(directory: Path | str) -> Path:
     Raises:
         RuntimeError: no compiler, a compiler's error, or a directory that can't be written.
     """
-    directory = Path(directory)
-    target = directory / library_name()
     compiler = find_compiler()
+    objects: dict[str, list[str]] = {}
+    for source in sources():
+        variants = _isas() if source.name == "multi_tensor_cpu.cpp" else {"": ()}
+        for isa, flags in variants.items():
+            isa_flags = [f"-DXGRAD_ISA={isa}", *flags] if isa else []
+            include = [f"-I{torch_directory() / 'include'}"]
+            output = f"{source.stem}{isa}.o"
+            objects[output] = [*compiler, *compile_args(), *isa_flags, *include, "-c", str(source), "-o", output]
+    link = [*compiler, "-shared", *objects, f"-L{torch_directory() / 'lib'}", "-ltorch_cpu", "-o", library_name()]
+    return make(Path(directory) / library_name(), objects, link)
+
+
+def make(target: Path, objects: dict[str, list[str]], link: list[str]) -> Path:
+    """Run the commands that make each object and then the target, in a folder of their own; returns the target."""
+    directory = target.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(directory / f"{target.name}.lock"):
             if not target.is_file():
                 with tempfile.TemporaryDirectory(dir=directory, prefix=".build-") as scratch:
-                    _compile(compiler, Path(scratch), target.name)
+                    _run(Path(scratch), objects, target.name, link)
                     os.replace(Path(scratch) / target.name, target)
     except OSError as error:
         raise RuntimeError(f"the library can't be built in {directory}: {error}") from None
@@ -121,20 +139,6 @@ def _isas() -> dict[str, tuple[str, ...]]:
     return {"baseline": ()}
 
 
-def _compile(compiler: list[str], scratch: Path, name: str) -> None:
-    torch = _torch_directory()
-    objects: dict[str, list[str]] = {}
-    for source in sources():
-        variants = _isas() if source.name == "multi_tensor_cpu.cpp" else {"": ()}
-        for isa, flags in variants.items():
-            isa_flags = [f"-DXGRAD_ISA={isa}", *flags] if isa else []
-            include = [f"-I{torch / 'include'}"]
-            output = f"{source.stem}{isa}.o"
-            objects[output] = [*compiler, *compile_args(), *isa_flags, *include, "-c", str(source), "-o", output]
-    link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", name]
-    _run(scratch, objects, name, link)
-
-
 def _run(scratch: Path, objects: dict[str, list[str]], name: str, link: list[str]) -> None:
     """With ninja the objects are compiled in parallel, without it one after the other."""
     ninja = shutil.which("ninja", path=os.pathsep.join((os.environ.get("PATH", ""), sysconfig.get_path("scripts"))))
@@ -156,7 +160,7 @@ def _run(scratch: Path, objects: dict[str, list[str]], name: str, link: list[str
             raise RuntimeError(f"compiling failed:\n{(done.stdout + done.stderr).strip()}")
 
 
-def _torch_directory() -> Path:
+def torch_directory() -> Path:
     """Where torch's headers and libraries are."""
     import torch
 

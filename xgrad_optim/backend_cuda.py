@@ -1,0 +1,74 @@
+"""The CUDA back end: the rules of csrc/ compiled by nvcc, one launch over the addresses of all tensors of a Launch."""
+
+import functools
+import threading
+from pathlib import Path
+
+import torch
+
+from xgrad_optim import backend_device, build_cuda
+from xgrad_optim.device_tables import Uploaded
+from xgrad_optim.launch import Launch
+
+DEVICE = "cuda"
+"""The type of the devices that it serves."""
+
+_lock = threading.Lock()
+
+
+def unavailable() -> str | None:
+    """Why the library can't be had; the first call may build it, which takes a minute once for each kind of GPU."""
+    if torch.version.cuda is None:
+        return f"this build of torch, {torch.__version__}, has no CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device that torch can use"
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        path = build_cuda.find_or_build([10 * major + minor for major, minor in capabilities])
+        loaded = [Path(other) for other in torch.ops.loaded_libraries if "libxgrad_optim_cuda-" in str(other)]
+        if any(other.name != path.name for other in loaded):
+            return f"this process has loaded another version of the library, {loaded[0]}"
+        if not loaded:
+            torch.ops.load_library(path)
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return torch.ops.xgrad_optim.cuda_problem() or None
+
+
+def why_not(launch: Launch) -> str | None:
+    if launch.device.type != DEVICE:
+        return f"parameters are on {launch.device}, it runs on {DEVICE}"
+    if launch.state_dtype not in (launch.dtype, launch.compute_dtype):
+        return f"it does not combine parameters of {launch.dtype} with state of {launch.state_dtype}"
+    return None
+
+
+prepare = backend_device.prepare
+
+
+def run(launch: Launch) -> bool:
+    """Restore, update where there are gradients, and predict every tensor of the launch."""
+    return backend_device.run(launch, run_kernel)
+
+
+def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
+    """One launch on the current stream, with a block for each chunk."""
+    has_master = "master_weights" in launch.state
+    torch.ops.xgrad_optim.multi_tensor_cuda(
+        *uploaded,
+        launch.tables.chunk_size,
+        launch.grads is not None,
+        "max_exp_avg_sq" in launch.state,
+        has_master,
+        has_master and launch.trusts_master,
+        launch.rule.name,
+        launch.dtype,
+        launch.state_dtype,
+        torch.cuda.current_stream(launch.device).cuda_stream,
+    )
