@@ -37,7 +37,7 @@ class RandomLaunch:
 
     def __post_init__(self) -> None:
         self.compute_dtype = COMPUTE_DTYPES[self.dtype]
-        self.bound = None
+        self.bound, self.written = None, self.params
         self.tables = Tables([param.numel() for param in self.params], self.row_of, self.chunk_size)
 
     def copied(self) -> "RandomLaunch":
