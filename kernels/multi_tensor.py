@@ -25,6 +25,9 @@ the widest access there is, and so few registers that many programs share a mult
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """4 warps of 32 threads. No stages: other programs run while one waits for memory. No fusion: each operation rounds."""
 
+NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 128}
+"""No variant needs as many registers; without a limit, NVIDIA's assembler spills some to save a few."""
+
 DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -226,7 +229,8 @@ def run(launch: Launch) -> bool:
     if len(tables.chunks):
         with guard(launch.device):
             uploaded = device_tables.upload(launch)
-            multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **OPTIONS)
+            options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
+            multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **options)
     increment_version(device_tables.written)
     if tables.n_refused:
         backend_torch.run(launch.part(refused(launch)))
