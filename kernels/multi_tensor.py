@@ -5,24 +5,25 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.graph import increment_version
 
-from xgrad_optim import backend_native, backend_torch
+from xgrad_optim import backend_torch
 from xgrad_optim.device_tables import SLOTS, guard, refused, tables_of
 from xgrad_optim.kernels.element import run_element
 from xgrad_optim.kernels.rules import RULES
 from xgrad_optim.launch import Launch
+from xgrad_optim.numeric import COMPUTE_DTYPES
 from xgrad_optim.rule import STEP_COLUMNS, Rule
 
 DEVICES = ("cuda", "xpu")
 """Types of devices that Triton compiles for; ROCm's GPUs are "cuda" to torch."""
 
-BLOCK = 512
-"""Elements that a program works on at a time."""
+BLOCK_BYTES = 2048
+"""A block of a tensor, in the compute type: what a program works on at a time. Each of its 128 threads has 16 bytes,
+the widest access there is, and so few registers that many programs share a multiprocessor."""
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-"""4 warps of 32 threads have 4 elements each of a block: one 16-byte access of float32 at a time, and so few registers
-that many programs share a multiprocessor, which is what hides the latency of memory: so no stages, there is nothing to
-prefetch within one. No fusion: every operation rounds."""
+"""4 warps of 32 threads. No stages: other programs run while one waits for memory. No fusion: each operation rounds."""
 
 DTYPES = {
     torch.float64: tl.float64,
@@ -210,25 +211,26 @@ def why_not(launch: Launch) -> str | None:
 def prepare(launch: Launch) -> bool:
     """Read the tensors as they now are; False where the Launch must be built anew."""
     try:
-        tables_of(launch).read(launch)
+        is_steady = tables_of(launch).read(launch)
     except RuntimeError:  # a sparse gradient, say: the optimizer's own checks find the words for it
         return False
-    return launch.tables.n_refused == 0 or launch.fits()
+    return is_steady and (launch.tables.n_refused == 0 or launch.fits())
 
 
-def run(launch: Launch) -> None:
+def run(launch: Launch) -> bool:
     """Restore, update where there are gradients, and predict every tensor of the launch.
 
     What is not flat takes the torch back end.
     """
-    tables = launch.tables
+    tables, device_tables = launch.tables, tables_of(launch)
     if len(tables.chunks):
         with guard(launch.device):
-            uploaded = tables_of(launch).upload(launch)
+            uploaded = device_tables.upload(launch)
             multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **OPTIONS)
-    backend_native._bump_versions(launch)
+    increment_version(launch.written)
     if tables.n_refused:
         backend_torch.run(launch.part(refused(launch)))
+    return tables.n_refused == 0
 
 
 def variant(
@@ -254,13 +256,13 @@ def variant(
         "HAS_MAX_EXP_AVG_SQ": has_max_exp_avg_sq,
         "HAS_MASTER_WEIGHTS": has_master_weights,
         "TRUSTS_MASTER": trusts_master,
-        "BLOCK": BLOCK,
+        "BLOCK": BLOCK_BYTES // COMPUTE_DTYPES[dtype].itemsize,
     }
 
 
 def variant_of(launch: Launch) -> dict[str, Any]:
     has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
-    has_grad, trusts = launch.grads is not None, launch.trusts_master
+    has_grad, trusts = launch.grads is not None, launch.trusts_master and has_master
     return variant(launch.rule, launch.dtype, launch.state_dtype, has_grad, has_max, has_master, trusts)
 
 

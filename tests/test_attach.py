@@ -464,12 +464,31 @@ def test_trainable_parameters_without_an_attached_owner_are_refused():
     train_step(model, optimizer, 0)
 
 
-def test_parameters_with_two_attached_owners_are_refused():
-    model, _ = attached()
-    new = XAdamW(model.parameters())
+def test_a_new_optimizer_takes_the_model_over():
+    """A cell that is run again: the old optimizer can't be reached any more, but its hooks are on the model."""
+    model, old = attached()
+    theta, _ = both_weights(old)
+    new = XAdamW(model.parameters(), lr=0.01)
+    new.attach(model[0])
+    assert equal(model.parameters(), theta)
     new.attach(model)
-    with pytest.raises(RuntimeError, match=r"4 parameters .* belong to more than one attached optimizer"):
-        model(X)
+    train_step(model, new, 3)
+    theta, theta_hat = both_weights(new)
+    watch = Watch(model)
+    model.eval()(X)
+    model.train()(X)
+    assert watch.saw(theta, theta_hat)
+
+
+def test_two_optimizers_with_predictions_for_the_same_parameters_are_refused():
+    model, old = attached()
+    new = XAdamW(model.parameters())
+    new.load_state_dict(old.state_dict())
+    before = old._switch.attachments.copy()
+    with pytest.raises(RuntimeError, match="attached to another optimizer with the same parameters"):
+        new.attach(model)
+    assert old._switch.attachments == before
+    assert not new._switch.attachments
 
 
 def test_parameters_that_were_replaced_are_refused():

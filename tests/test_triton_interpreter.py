@@ -29,7 +29,7 @@ def interpreted(monkeypatch) -> None:
     kernels = interpreted_kernels()
     monkeypatch.setattr(multi_tensor, "multi_tensor_kernel", kernels.multi_tensor_kernel)
     monkeypatch.setattr(multi_tensor, "RULES", kernels.RULES)
-    monkeypatch.setattr(multi_tensor, "BLOCK", 16)
+    monkeypatch.setattr(multi_tensor, "BLOCK_BYTES", 64)
     monkeypatch.setattr(launch_module, "CHUNK", 64)
     monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", convert_float)
 

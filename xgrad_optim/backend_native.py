@@ -92,9 +92,6 @@ class _Binding:
     """The library's hold on the tensors of a launch that live as long as it does: all but the gradients.
 
     torch.utils.swap_tensors refuses tensors that are held so; where modules convert by it, none is held between steps.
-
-    Attributes:
-        written: the tensors whose version counters tell autograd of a run, as torch's own in-place operators do.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -106,10 +103,6 @@ class _Binding:
         self._owners = list(chain(*lists))
         self._is_plain = _PLAIN_CLASSES.issuperset(map(type, self._owners))
         self._tensors = self._locals()
-        written = [launch.params, launch.state.get("master_weights", [])] if launch.grads is None else lists
-        self.written = list(chain(*written))
-        if not self._is_plain:
-            self.written += [local(tensor) for tensor in self.written]
         self._name = torch.ops.xgrad_optim.bind_tensors(self._tensors, slots, dtypes, launch.tables.numels)
         weakref.finalize(self, torch.ops.xgrad_optim.release_tensors, self._name)
 
@@ -174,7 +167,7 @@ def run(launch: Launch) -> bool:
         launch.state_dtype,
         ISA,
     )
-    increment_version(launch.bound.written)
+    increment_version(launch.written)
     if n_refused:
         refused = torch.nonzero(tables.addresses[:, 0] == 0).flatten().tolist()
         backend_torch.run(launch.part(refused))

@@ -32,7 +32,8 @@ SLOTS = {
 _read_by_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the replay of a graph reads again, by the first parameter that it writes: of no use any longer than that."""
 
-_dtype_of = attrgetter("dtype")
+_LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
+"""What tells a tensor's memory from other memory, and one way to lie in it from another."""
 
 
 class Uploaded(NamedTuple):
@@ -52,29 +53,30 @@ class DeviceTables:
     """
 
     def __init__(self) -> None:
-        self._seen: object = None
+        self._seen: dict[str, list[list[object]]] = {}
         self._stream: torch.Stream | None = None
         self._shape: list[Tensor] = []
         self._known_addresses = self._addresses = torch.empty(0, dtype=torch.int64)
         self._spare: Tensor | None = None
 
-    def read(self, launch: Launch) -> None:
+    def read(self, launch: Launch) -> bool:
         """Read every address, dtype, size and stride again: tensors may have been moved, replaced or resized.
 
         Fills `launch.tables.addresses`, zeros where a tensor is not one flat range, and counts these in `n_refused`.
+        Returns whether all but the gradients are what they were.
         """
         slots = {"param": launch.params, **launch.state}
         if launch.grads is not None:
             slots["grad"] = launch.grads
         tensors = {name: [local(tensor) for tensor in slot] for name, slot in slots.items()}
-        seen = [
-            list(map(look, slot))
-            for slot in tensors.values()
-            for look in (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype_of, Tensor.is_neg, Tensor.is_conj)
-        ]
-        if seen != self._seen:
-            _fill_addresses(launch, tensors)
-            self._seen = seen
+        seen = {name: [list(map(look, slot)) for look in _LOOKS] for name, slot in tensors.items()}
+        seen["lazy"] = [list(map(look, tensors.get("grad", []))) for look in (Tensor.is_neg, Tensor.is_conj)]
+        if seen == self._seen:
+            return True
+        is_first, before = not self._seen, self._seen
+        _fill_addresses(launch, tensors)
+        self._seen = seen
+        return is_first or all(seen[name] == before[name] for name in ("param", *launch.state))
 
     def upload(self, launch: Launch) -> Uploaded:
         """Bring the device up to date. Call it under the device's guard, right before the kernel that reads it."""
@@ -125,9 +127,9 @@ class DeviceTables:
 
 def tables_of(launch: Launch) -> DeviceTables:
     """The launch's own, made when they are first asked for."""
-    if launch.tables.on_device is None:
-        launch.tables.on_device = DeviceTables()
-    return launch.tables.on_device
+    if launch.bound is None:
+        launch.bound = DeviceTables()
+    return launch.bound
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:

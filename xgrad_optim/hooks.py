@@ -26,7 +26,7 @@ class Switch:
     Attributes:
         position: True where `train()` would change nothing, False where `eval()` would not, None where it takes a look
             at the state to know.
-        is_loaded: whether the state was loaded since, so that the model that belongs to it may still be to come.
+        is_loaded: whether the state was loaded and not used since: the model that belongs to it may still be to come.
         pins: how many `true_weights()` blocks are open.
         outermost: of the attached modules that are running, the id of the one that was called first, or 0. The module
             itself would be one object by two names to torch.compile, which refuses that.
@@ -42,11 +42,11 @@ class Switch:
 
     def turn(self, position: bool | None) -> None:
         """Note what the parameters now hold."""
-        self.position, self.is_loaded = position, False
+        self.position = position
 
-    def forget(self, is_loaded: bool) -> None:
+    def forget(self) -> None:
         """The state has been replaced: nothing is known until somebody looks at it."""
-        self.position, self.is_loaded = None, is_loaded
+        self.position = None
 
     def drop_copies(self) -> None:
         """Parameters have changed outside of a step: drop the copies of them that torch keeps for the next forward."""
@@ -148,6 +148,7 @@ class Attachment:
     def load(self, module: Module, *args: object) -> None:
         """Pre-hook of load_state_dict: what is loaded is theta."""
         if self.optimizer is not None and self.switch.is_loaded and self.optimizer.predicted:
+            self.switch.is_loaded = False
             warnings.warn(
                 "the optimizer's state was saved while its parameters held predicted weights, but the weights that "
                 "are loaded after it into the attached model are taken for the true ones. Where both are of one "
@@ -181,25 +182,14 @@ class Attachment:
         self.reshard()
         model = self._model()
         assert model is not None
-        optimizers = {}
+        owned: set[Tensor] = set()
         for module in model.modules():
-            hooks = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-            optimizers.update({hook.switch: hook.optimizer for hook in hooks if isinstance(hook, Attachment)})
-            if isinstance(module, FSDPModule) and module in self._hooked and not isinstance(hooks[0], Attachment):
+            attachments = _attachments(module)
+            owned.update(*(_owned(attachment.optimizer) for attachment in attachments if attachment.optimizer))
+            first = next(iter(module._forward_pre_hooks.values()), None)
+            if isinstance(module, FSDPModule) and attachments and getattr(first, "__self__", None) not in attachments:
                 raise RuntimeError("a module was sharded after attach(model): call fully_shard first, then attach")
-        owners = [_owned(optimizer) for optimizer in optimizers.values() if optimizer is not None]
-        self._check_owners(model, owners)
-
-    def _check_owners(self, model: Module, owners: list[set[Tensor]]) -> None:
-        counts = {name: sum(param in owned for owned in owners) for name, param in model.named_parameters()}
-        shared = [name for name, count in counts.items() if count > 1]
-        if shared:
-            raise RuntimeError(
-                f"{len(shared)} parameters of the attached model, {shared[0]!r} the first, belong to more than one "
-                "attached optimizer: call remove() on the handle that attach() of the other one returned"
-            )
-        trainable = {name for name, param in model.named_parameters() if param.requires_grad}
-        missed = [name for name, count in counts.items() if count == 0 and name in trainable]
+        missed = [name for name, param in model.named_parameters() if param.requires_grad and param not in owned]
         if missed:
             raise RuntimeError(
                 f"{len(missed)} trainable parameters of the attached model, {missed[0]!r} the first, belong to no "
@@ -227,11 +217,39 @@ def attach(optimizer: "XGradOptimizer", model: Module) -> Attachment:
             "attach(model) found none of the optimizer's parameters in the model: attach the model whose parameters() "
             "the optimizer was made of, after whatever replaces them (fully_shard, accelerate's prepare)"
         )
+    rivals = _rivals(optimizer, model)
+    if rivals and any(optimizer.state.values()):
+        attachment.remove()
+        raise RuntimeError(
+            "the model is attached to another optimizer with the same parameters, and both hold predictions for them: "
+            "attach before the first step, or call remove() on the handle of the other one"
+        )
+    # A cell that is run again, or Lightning's fit, makes the optimizer anew: the old one leaves theta and goes.
+    for rival in rivals:
+        rival.eval()
+        for old in list(rival._switch.attachments):
+            old.remove()
     optimizer._switch.attachments.add(attachment)
     # The next forward asks whether all parameters have an owner.
     optimizer._switch.position = None
     return attachment
 
 
+def _rivals(optimizer: "XGradOptimizer", model: Module) -> set["XGradOptimizer"]:
+    """Other optimizers that are attached to the model and own some of the same parameters."""
+    owned = _owned(optimizer)
+    others = {attachment.optimizer for module in model.modules() for attachment in _attachments(module)}
+    return {
+        other
+        for other in others
+        if other is not None and other._switch is not optimizer._switch and not owned.isdisjoint(_owned(other))
+    }
+
+
 def _owned(optimizer: "XGradOptimizer") -> set[Tensor]:
     return {param for group in optimizer.param_groups for param in group["params"]}
+
+
+def _attachments(module: Module) -> list[Attachment]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Attachment)]

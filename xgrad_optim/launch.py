@@ -2,23 +2,22 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from xgrad_optim import backends
-from xgrad_optim.layout import DTensor, plain
+from xgrad_optim.layout import DTensor, local, plain
 from xgrad_optim.numeric import COMPUTE_DTYPES, real_dtype
 from xgrad_optim.rows import Scaling, consecutive, make_rows
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.scalars import Scalars
 from xgrad_optim.state import State, matches
-
-if TYPE_CHECKING:
-    from xgrad_optim.device_tables import DeviceTables
 
 CHUNK = 1 << 14
 """Elements of a chunk: the unit in which native back ends divide a tensor."""
@@ -54,7 +53,6 @@ class Tables:
         addresses: int64 `[n_tensors, 6]`, for the back end to fill: parameter, gradient, two state buffers,
             max_exp_avg_sq, master_weights.
         n_refused: how many tensors the back end could not take, or -1 where it has to look at each.
-        on_device: what a GPU back end keeps of them on the device (device_tables.py).
     """
 
     def __init__(self, numels: list[int], row_of: list[int], chunk_size: int) -> None:
@@ -72,7 +70,6 @@ class Tables:
         self.tasks = torch.from_numpy(tasks)
         self.addresses = torch.zeros((len(sizes), 6), dtype=torch.int64, device="cpu")
         self.n_refused = 0
-        self.on_device: DeviceTables | None = None
 
 
 class Launch:
@@ -146,7 +143,8 @@ class Launch:
         is_unwritten = self._scalars.are_unwritten(self._members, self._versions)
         # Only a launch that has run before knows that no parameter was given other memory since; and a CUDA graph
         # replays a step whatever was written in between.
-        self.trusts_master = is_unwritten and self._has_run and not self.is_capturable
+        may_trust = "master_weights" in self.state and self._has_run and not self.is_capturable
+        self.trusts_master = is_unwritten and may_trust
         self.rows = self._rows.compute(self.compute_dtype, self._to_predicted, scaling)
 
     @property
@@ -157,6 +155,14 @@ class Launch:
             self._tables = Tables(numels, self.row_of, CHUNK)
         return self._tables
 
+    @cached_property
+    def written(self) -> list[Tensor]:
+        """The tensors whose version counters tell autograd of a run, as torch's own in-place operators do."""
+        master_weights = self.state.get("master_weights", [])
+        slots = [self.params, master_weights] if self.grads is None else [self.params, *self.state.values()]
+        tensors = list(chain(*slots))
+        return tensors + [local(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
+
     def part(self, members: list[int]) -> "Launch":
         """These tensors of the launch alone, for a back end to run; the rows are shared."""
         part = copy.copy(self)
@@ -165,6 +171,7 @@ class Launch:
         part.state = {key: [tensors[i] for i in members] for key, tensors in self.state.items()}
         part.row_of = [self.row_of[i] for i in members]
         part._tables, part.bound = None, None
+        part.__dict__.pop("written", None)
         return part
 
     def run(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from xgrad_optim import backends, checkpoint, hooks
+from xgrad_optim import backends, checkpoint, hooks, pairing
 from xgrad_optim.cache import Active, StepCache
 from xgrad_optim.launch import Entry, build_launches
 from xgrad_optim.options import check_options
@@ -93,7 +93,7 @@ class XGradOptimizer(Optimizer):
             group.update(self._fixed())
         # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
         self.__dict__.setdefault("_cache", StepCache()).clear()
-        self.__dict__.setdefault("_switch", hooks.Switch()).forget(is_loaded=True)
+        self.__dict__.setdefault("_switch", hooks.Switch()).forget()
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -149,7 +149,8 @@ class XGradOptimizer(Optimizer):
             group.clear()
             group.update(loaded, **self._fixed())
         self._cache.clear()
-        self._switch.forget(is_loaded=True)
+        self._switch.forget()
+        self._switch.is_loaded = True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -163,12 +164,12 @@ class XGradOptimizer(Optimizer):
     @torch._disable_dynamo
     def eval(self) -> None:
         """Put the true weights theta into the parameters. Idempotent and exact: :meth:`train` undoes every bit."""
-        self._swap(to_predicted=False)
+        self._put(predicted=False)
 
     @torch._disable_dynamo
     def train(self, mode: bool = True) -> None:
         """Put the predicted weights theta_hat into the parameters; ``train(False)`` is :meth:`eval`. Idempotent."""
-        self._swap(to_predicted=mode)
+        self._put(predicted=mode)
 
     @contextmanager
     def true_weights(self) -> Iterator[None]:
@@ -200,6 +201,9 @@ class XGradOptimizer(Optimizer):
         one model, and one optimizer to several; all its parameters then change together. A module that joins the
         model later is covered when it runs inside one that is attached; for calls of its own, attach again.
 
+        An optimizer that has not stepped yet takes the model over from one that was attached to the same parameters:
+        that one leaves theta in them and is detached.
+
         Args:
             model: contains parameters of this optimizer. Trainable parameters that no attached optimizer owns make
                 the first forward raise RuntimeError.
@@ -210,8 +214,20 @@ class XGradOptimizer(Optimizer):
         Raises:
             TypeError: it is no module.
             ValueError: it has none of this optimizer's parameters.
+            RuntimeError: another attached optimizer owns some of the same parameters, and both have state.
         """
         return hooks.attach(self, model)
+
+    def _put(self, predicted: bool) -> None:
+        if self.predicted is not predicted:
+            self._check_loaded()
+        self._swap(to_predicted=predicted)
+
+    def _check_loaded(self) -> None:
+        """Look once at what the parameters hold, when the state that was loaded is first used with them."""
+        if self._switch.is_loaded:
+            self._switch.is_loaded = False
+            pairing.warn_of_mismatch(self)
 
     def _tracked(self) -> list[Tracked]:
         """The parameters that have taken a step, with their state and options."""
@@ -292,6 +308,7 @@ class XGradOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_loaded()
         self._update()
         # Where a skipped step left theta in place, or the host can't know, the next forward has to look.
         self._switch.turn(True if self._cache.are_all_predicted else None)
