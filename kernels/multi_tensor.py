@@ -5,10 +5,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.graph import increment_version
 
-from xgrad_optim import backend_torch
-from xgrad_optim.device_tables import SLOTS, guard, refused, tables_of
+from xgrad_optim import backend_device
+from xgrad_optim.device_tables import SLOTS, Uploaded
 from xgrad_optim.kernels.element import run_element
 from xgrad_optim.kernels.rules import RULES
 from xgrad_optim.launch import Launch
@@ -24,6 +23,9 @@ the widest access there is, and so few registers that many programs share a mult
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """4 warps of 32 threads. No stages: other programs run while one waits for memory. No fusion: each operation rounds."""
+
+NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 128}
+"""No variant needs as many registers; without a limit, NVIDIA's assembler spills some to save a few."""
 
 DTYPES = {
     torch.float64: tl.float64,
@@ -208,29 +210,19 @@ def why_not(launch: Launch) -> str | None:
     return None
 
 
-def prepare(launch: Launch) -> bool:
-    """Read the tensors as they now are; False where the Launch must be built anew."""
-    try:
-        is_steady = tables_of(launch).read(launch)
-    except RuntimeError:  # a sparse gradient, say: the optimizer's own checks find the words for it
-        return False
-    return is_steady and (launch.tables.n_refused == 0 or launch.fits())
+prepare = backend_device.prepare
 
 
 def run(launch: Launch) -> bool:
-    """Restore, update where there are gradients, and predict every tensor of the launch.
+    """Restore, update where there are gradients, and predict every tensor of the launch."""
+    return backend_device.run(launch, run_kernel)
 
-    What is not flat takes the torch back end.
-    """
-    tables, device_tables = launch.tables, tables_of(launch)
-    if len(tables.chunks):
-        with guard(launch.device):
-            uploaded = device_tables.upload(launch)
-            multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **OPTIONS)
-    increment_version(launch.written)
-    if tables.n_refused:
-        backend_torch.run(launch.part(refused(launch)))
-    return tables.n_refused == 0
+
+def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
+    """One launch on the current stream, with a program for each chunk."""
+    options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
+    tables = launch.tables
+    multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **options)
 
 
 def variant(

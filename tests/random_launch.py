@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class RandomLaunch:
     def __post_init__(self) -> None:
         self.compute_dtype = COMPUTE_DTYPES[self.dtype]
         self.bound = None
+        self.written = [*self.params, *chain(*self.state.values())]
         self.tables = Tables([param.numel() for param in self.params], self.row_of, self.chunk_size)
 
     def copied(self) -> "RandomLaunch":

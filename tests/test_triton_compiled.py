@@ -19,15 +19,14 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 NEVER = r"\bfma\.rn\.f(32|64)|\.ftz|\.approx|div\.full|ld\.local|st\.local|\.shared"
 """On sm_80 fma.rn.bf16 with a factor of 1 is its addition."""
 
-MAX_REGISTERS = {tl.float64: 128, tl.float32: 80, tl.bfloat16: 80, tl.float16: 80}
-"""By the parameters' dtype: then 6 programs of 128 threads share a multiprocessor's 65536 registers, 4 of float64."""
+MAX_REGISTERS = {tl.float64: 102, tl.float32: 80, tl.bfloat16: 80, tl.float16: 80}
+"""By the parameters' dtype: then 6 programs of 128 threads share a multiprocessor's 65536 registers, 5 of float64."""
 
 
 def expected_widths(variant) -> tuple[Counter[int], Counter[int]]:
-    """Bytes of each load and store of one thread, which has 4 elements of every buffer: 16 of float32, 8 of 16 bits."""
-    n_bytes = {tl.float64: (16, 16), tl.float32: (16,), tl.bfloat16: (8,), tl.float16: (8,)}
-    param, state = n_bytes[variant["PARAM"]], n_bytes[variant["STATE"]]
-    master = n_bytes[tl.float64 if variant["PARAM"] == tl.float64 else tl.float32]
+    """Bytes of each load and store of one thread: 16 of a buffer in the compute type, 8 of a narrow one."""
+    n_bytes = {tl.float64: (16,), tl.float32: (16,), tl.bfloat16: (8,), tl.float16: (8,)}
+    param, state, master = n_bytes[variant["PARAM"]], n_bytes[variant["STATE"]], (16,)
     has_grad, has_master, trusts = variant["HAS_GRAD"], variant["HAS_MASTER_WEIGHTS"], variant["TRUSTS_MASTER"]
     has_max = variant["HAS_MAX_EXP_AVG_SQ"]
     # With a running maximum a swap has no use for the second moment itself.

@@ -15,7 +15,8 @@ INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether the tensors hold the same bits; every NaN counts as the same, IEEE 754 leaves its bits open."""
-    a, b = (torch.view_as_real(t.detach()) if t.is_complex() else t.detach() for t in (a, b))
+    a, b = (t.detach().cpu() for t in (a, b))
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b))
     if a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
         return False
     a, b = (t.nan_to_num(0.0, float("inf"), -float("inf")).contiguous().view(INTS[t.element_size()]) for t in (a, b))
@@ -30,15 +31,19 @@ class Twins:
         make: Callable[..., torch.optim.Optimizer],
         tensors: list[Tensor],
         names: tuple[str, str] = ("torch", "cpu"),
+        devices: tuple[str, str] = ("cpu", "cpu"),
         **options,
     ) -> None:
-        self.params = {name: [torch.nn.Parameter(_copy(t)) for t in tensors] for name in names}
+        self.params = {
+            name: [torch.nn.Parameter(_copy(t, device)) for t in tensors]
+            for name, device in zip(names, devices, strict=True)
+        }
         self.optimizers = {name: make(params, backend=name, **options) for name, params in self.params.items()}
 
     def step(self, grads: list[Tensor | None]) -> None:
         for name, params in self.params.items():
             for param, grad in zip(params, grads, strict=True):
-                param.grad = None if grad is None else _copy(grad)
+                param.grad = None if grad is None else _copy(grad, param.device)
             self.optimizers[name].step()
         self.check()
 
@@ -58,10 +63,10 @@ class Twins:
                 assert same_bits(states[0][key], states[1][key]), f"{key} of parameter {index}"
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A copy with the same strides, gaps between elements included."""
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    copy = torch.empty(max(0, reach + 1), dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    copy = torch.empty(max(0, reach + 1), dtype=tensor.dtype, device=device).as_strided(tensor.shape, tensor.stride())
     return copy.copy_(tensor.detach())
 
 

@@ -94,7 +94,7 @@ class DeviceTables:
             self._known_addresses = tables.addresses.clone()
             self._addresses = _upload(tables.addresses, device)[1]
         if self._spare is None:
-            self._spare = torch.empty_like(tables.addresses, pin_memory=True)
+            self._spare = _pinned_like(tables.addresses)
         rows = launch.rows if launch.rows.device == device else _upload(launch.rows, device)[1]
         numels, row_of, chunks = self._shape
         return Uploaded(self._addresses, numels, row_of, rows, chunks)
@@ -145,6 +145,10 @@ def refused(launch: Launch) -> list[int]:
 def _is_capturing(device: torch.device) -> bool:
     module = torch.get_device_module(device)
     return hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing()
+
+
+def _pinned_like(table: Tensor) -> Tensor:
+    return torch.empty_like(table, pin_memory=True)
 
 
 def _upload(table: Tensor, device: torch.device, pinned: Tensor | None = None) -> tuple[Tensor, Tensor]:
