@@ -15,12 +15,12 @@ def round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def direction_of(state, max_exp_avg_sq, hyper, DIRECTION: tl.constexpr):
-    """delta; amsgrad's running maximum stands in for the second moment."""
-    if max_exp_avg_sq is None:
-        return DIRECTION(state, hyper)
+def direction_of(state, hyper, DIRECTION: tl.constexpr):
+    """delta; amsgrad's running maximum, the third buffer, stands in for the second moment."""
+    if len(state) == 3:
+        return DIRECTION((state[0], state[2]), hyper)
     else:
-        return DIRECTION((state[0], max_exp_avg_sq), hyper)
+        return DIRECTION(state, hyper)
 
 
 @triton.jit
@@ -45,18 +45,20 @@ def restore(param, master_weights, delta, shift_prev, PARAM: tl.constexpr):
 
 
 @triton.jit
-def advance(grad, theta, state, max_exp_avg_sq, step, hyper, ACCUMULATE: tl.constexpr, STATE: tl.constexpr):
+def advance(grad, theta, state, step, hyper, ACCUMULATE: tl.constexpr, STATE: tl.constexpr):
     """The state after this gradient, rounded to what will be stored, so that delta can be computed of it again."""
     _, grad_factor, weight_decay, _, _, _, _ = step
     grad = grad_factor * grad
     grad = tl.where(weight_decay != 0, grad + weight_decay * theta, grad)
-    advanced = ACCUMULATE(grad, state, hyper)
-    if max_exp_avg_sq is not None:
-        max_exp_avg_sq = round_to(maximum(max_exp_avg_sq, advanced[1]), STATE)
-    state = ()
+    if len(state) == 3:
+        advanced = ACCUMULATE(grad, (state[0], state[1]), hyper)
+        advanced += (maximum(state[2], advanced[1]),)
+    else:
+        advanced = ACCUMULATE(grad, state, hyper)
+    rounded = ()
     for i in tl.static_range(len(advanced)):
-        state += (round_to(advanced[i], STATE),)
-    return state, max_exp_avg_sq
+        rounded += (round_to(advanced[i], STATE),)
+    return rounded
 
 
 @triton.jit
@@ -78,7 +80,6 @@ def run_element(
     param,
     grad,
     state,
-    max_exp_avg_sq,
     master_weights,
     numbers,
     ACCUMULATE: tl.constexpr,
@@ -86,11 +87,13 @@ def run_element(
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """The new param, state, max_exp_avg_sq and master_weights.
+    """The new parameter, state and theta, which is the new master.
 
     Args:
         param: None where the master weights are trusted: it holds what was made of them.
         grad: None for a swap.
+        state: the rule's buffers, and amsgrad's running maximum where there is one.
+        master_weights: None where there are none.
         numbers: one row, as tuples: the columns of every rule, the rule's own, its direction's, and the numbers that
             these had in the last prediction.
     """
@@ -99,14 +102,12 @@ def run_element(
     if param is None:
         theta = master_weights
     else:
-        delta_prev = direction_of(state, max_exp_avg_sq, direction_hyper_prev, DIRECTION)
-        theta = restore(param, master_weights, delta_prev, shift_prev, PARAM)
+        theta = restore(param, master_weights, direction_of(state, direction_hyper_prev, DIRECTION), shift_prev, PARAM)
     if grad is not None:
-        state, max_exp_avg_sq = advance(grad, theta, state, max_exp_avg_sq, step, hyper, ACCUMULATE, STATE)
-    delta = direction_of(state, max_exp_avg_sq, direction_hyper, DIRECTION)
+        state = advance(grad, theta, state, step, hyper, ACCUMULATE, STATE)
+    delta = direction_of(state, direction_hyper, DIRECTION)
     if grad is not None:
         theta = theta * decay_factor - step_size * delta
         if master_weights is None:
             theta = round_to(theta, PARAM)
-    theta_hat = predict(theta, delta, shift, master_weights is not None, PARAM)
-    return theta_hat, state, max_exp_avg_sq, theta
+    return predict(theta, delta, shift, master_weights is not None, PARAM), state, theta

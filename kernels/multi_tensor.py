@@ -36,8 +36,7 @@ DTYPES = {
 
 PARAM_SLOT = tl.constexpr(SLOTS["param"])
 GRAD_SLOT = tl.constexpr(SLOTS["grad"])
-STATE_SLOT = tl.constexpr(SLOTS["exp_avg"])
-MAX_EXP_AVG_SQ_SLOT = tl.constexpr(SLOTS["max_exp_avg_sq"])
+STATE_SLOT = tl.constexpr(SLOTS["exp_avg"])  # and exp_avg_sq and max_exp_avg_sq after it
 MASTER_WEIGHTS_SLOT = tl.constexpr(SLOTS["master_weights"])
 N_SLOTS = tl.constexpr(max(SLOTS.values()) + 1)
 N_STEP_COLUMNS = tl.constexpr(len(STEP_COLUMNS))
@@ -80,34 +79,30 @@ def run_block(
     buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr, TRUSTS_MASTER: tl.constexpr
 ):
     """Load, run, store."""
-    param_ptr, grad_ptr, state_ptrs, max_exp_avg_sq_ptr, master_weights_ptr = buffers
+    param_ptr, grad_ptr, state_ptrs, master_weights_ptr = buffers
     PARAM: tl.constexpr = param_ptr.dtype.element_ty
     STATE: tl.constexpr = state_ptrs[0].dtype.element_ty
     COMPUTE: tl.constexpr = numbers[0][0].dtype
-    param, grad, state, max_exp_avg_sq, master_weights = None, None, (), None, None
+    param, grad, state, master_weights = None, None, (), None
     if not TRUSTS_MASTER:
         param = tl.load(param_ptr + elements, mask).to(COMPUTE)
     if grad_ptr is not None:
         grad = tl.load(grad_ptr + elements, mask).to(COMPUTE)
     for i in tl.static_range(len(state_ptrs)):
         state += (tl.load(state_ptrs[i] + elements, mask).to(COMPUTE),)
-    if max_exp_avg_sq_ptr is not None:
-        max_exp_avg_sq = tl.load(max_exp_avg_sq_ptr + elements, mask).to(COMPUTE)
     if master_weights_ptr is not None:
         master_weights = tl.load(master_weights_ptr + elements, mask)
 
-    param, state, max_exp_avg_sq, master_weights = run_element(
-        param, grad, state, max_exp_avg_sq, master_weights, numbers, ACCUMULATE, DIRECTION, PARAM, STATE
+    param, state, theta = run_element(
+        param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, PARAM, STATE
     )
 
     tl.store(param_ptr + elements, param.to(PARAM), mask)
     if grad_ptr is not None:  # a swap changes no state
         for i in tl.static_range(len(state_ptrs)):
             tl.store(state_ptrs[i] + elements, state[i].to(STATE), mask)
-        if max_exp_avg_sq_ptr is not None:
-            tl.store(max_exp_avg_sq_ptr + elements, max_exp_avg_sq.to(STATE), mask)
     if master_weights_ptr is not None and (grad_ptr is not None or not TRUSTS_MASTER):
-        tl.store(master_weights_ptr + elements, master_weights, mask)
+        tl.store(master_weights_ptr + elements, theta, mask)
 
 
 @triton.jit
@@ -124,26 +119,22 @@ def run_blocks(
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
     HAS_GRAD: tl.constexpr,
-    HAS_MAX_EXP_AVG_SQ: tl.constexpr,
     HAS_MASTER_WEIGHTS: tl.constexpr,
     TRUSTS_MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Blocks from `start` to `end` of the chunk at this offset, all of them whole and aligned, or any."""
+    """Blocks from `start` to `end` of the chunk at this offset: whole and aligned ones, or any."""
     COMPUTE: tl.constexpr = numbers[0][0].dtype
     param_ptr = buffer_of(addresses[PARAM_SLOT], offset, PARAM, IS_WHOLE)
-    grad_ptr, max_exp_avg_sq_ptr, master_weights_ptr = None, None, None
+    grad_ptr, state_ptrs, master_weights_ptr = None, (), None
     if HAS_GRAD:
         grad_ptr = buffer_of(addresses[GRAD_SLOT], offset, PARAM, IS_WHOLE)
-    state_ptrs = ()
     for i in tl.static_range(N_STATES):
         state_ptrs += (buffer_of(addresses[STATE_SLOT + i], offset, STATE, IS_WHOLE),)
-    if HAS_MAX_EXP_AVG_SQ:
-        max_exp_avg_sq_ptr = buffer_of(addresses[MAX_EXP_AVG_SQ_SLOT], offset, STATE, IS_WHOLE)
     if HAS_MASTER_WEIGHTS:
         master_weights_ptr = buffer_of(addresses[MASTER_WEIGHTS_SLOT], offset, COMPUTE, IS_WHOLE)
-    buffers = param_ptr, grad_ptr, state_ptrs, max_exp_avg_sq_ptr, master_weights_ptr
+    buffers = param_ptr, grad_ptr, state_ptrs, master_weights_ptr
     for first in range(start, end, BLOCK):
         elements = first + tl.arange(0, BLOCK)
         mask = None if IS_WHOLE else elements < count
@@ -166,7 +157,6 @@ def multi_tensor_kernel(
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
     HAS_GRAD: tl.constexpr,
-    HAS_MAX_EXP_AVG_SQ: tl.constexpr,
     HAS_MASTER_WEIGHTS: tl.constexpr,
     TRUSTS_MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -187,9 +177,9 @@ def multi_tensor_kernel(
         bits = bits | addresses[slot]
     end_of_whole = tl.where(bits % ALIGNMENT == 0, count // BLOCK * BLOCK, 0)
     run_blocks(addresses, offset, 0, end_of_whole, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM, STATE,
-               HAS_GRAD, HAS_MAX_EXP_AVG_SQ, HAS_MASTER_WEIGHTS, TRUSTS_MASTER, BLOCK, True)  # fmt: skip
+               HAS_GRAD, HAS_MASTER_WEIGHTS, TRUSTS_MASTER, BLOCK, True)  # fmt: skip
     run_blocks(addresses, offset, end_of_whole, count, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM, STATE,
-               HAS_GRAD, HAS_MAX_EXP_AVG_SQ, HAS_MASTER_WEIGHTS, TRUSTS_MASTER, BLOCK // 2, False)  # fmt: skip
+               HAS_GRAD, HAS_MASTER_WEIGHTS, TRUSTS_MASTER, BLOCK // 2, False)  # fmt: skip
 
 
 def unavailable() -> str | None:
@@ -239,13 +229,12 @@ def variant(
     return {
         "ACCUMULATE": accumulate,
         "DIRECTION": direction,
-        "N_STATES": len(rule.state_keys),
+        "N_STATES": len(rule.state_keys) + has_max_exp_avg_sq,
         "N_ACCUMULATE": len(rule.accumulate_columns),
         "N_DIRECTION": len(rule.direction_columns),
         "PARAM": DTYPES[dtype],
         "STATE": DTYPES[state_dtype],
         "HAS_GRAD": has_grad,
-        "HAS_MAX_EXP_AVG_SQ": has_max_exp_avg_sq,
         "HAS_MASTER_WEIGHTS": has_master_weights,
         "TRUSTS_MASTER": trusts_master,
         "BLOCK": BLOCK_BYTES // COMPUTE_DTYPES[dtype].itemsize,

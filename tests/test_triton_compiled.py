@@ -28,10 +28,9 @@ def expected_widths(variant) -> tuple[Counter[int], Counter[int]]:
     n_bytes = {tl.float64: (16,), tl.float32: (16,), tl.bfloat16: (8,), tl.float16: (8,)}
     param, state, master = n_bytes[variant["PARAM"]], n_bytes[variant["STATE"]], (16,)
     has_grad, has_master, trusts = variant["HAS_GRAD"], variant["HAS_MASTER_WEIGHTS"], variant["TRUSTS_MASTER"]
-    has_max = variant["HAS_MAX_EXP_AVG_SQ"]
+    n_states = variant["N_STATES"]
     # With a running maximum a swap has no use for the second moment itself.
-    n_states = variant["N_STATES"] + has_max
-    n_loaded = n_states - (has_max and not has_grad)
+    n_loaded = n_states - (n_states == 3 and not has_grad)
     loads = (not trusts) * param + has_grad * param + n_loaded * state + has_master * master
     stores = param + has_grad * n_states * state + (has_master and (has_grad or not trusts)) * master
     return Counter(loads), Counter(stores)
