@@ -67,9 +67,8 @@ class Variant:
 
     @classmethod
     def of(cls, launch: Launch) -> "Variant":
-        has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
-        flags = (launch.grads is not None, has_max, has_master, has_master and launch.trusts_master)
-        return cls(launch.rule.name, launch.dtype, launch.state_dtype, *flags)
+        buffers = ("max_exp_avg_sq" in launch.state, "master_weights" in launch.state, launch.trusts_master)
+        return cls(launch.rule.name, launch.dtype, launch.state_dtype, launch.grads is not None, *buffers)
 
     @property
     def buffers(self) -> tuple[bool, bool, bool, bool]:

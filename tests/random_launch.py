@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class RandomLaunch:
 
     def __post_init__(self) -> None:
         self.compute_dtype = COMPUTE_DTYPES[self.dtype]
-        self.bound, self.written = None, self.params
+        self.bound = None
+        self.written = [*self.params, *chain(*self.state.values())]
         self.tables = Tables([param.numel() for param in self.params], self.row_of, self.chunk_size)
 
     def copied(self) -> "RandomLaunch":
@@ -65,27 +67,29 @@ def random_launch(
     sizes: tuple[int, ...],
     chunk_size: int,
 ) -> RandomLaunch:
-    """Every third tensor's buffers are misaligned; rows switch each phase of the math on and off."""
+    """One buffer of each tensor is misaligned, in turn; rows switch each phase of the math on and off."""
     chosen = RULES[rule]
     keys = [*chosen.state_keys, *["max_exp_avg_sq"] * has_max_exp_avg_sq, *["master_weights"] * has_master_weights]
     compute = COMPUTE_DTYPES[dtype]
 
-    def slot(kind: torch.dtype, is_square: bool = False) -> list[Tensor]:
+    def slot(name: str, kind: torch.dtype) -> list[Tensor]:
+        position, n_slots = ["param", "grad", *keys].index(name), 2 + len(keys)
         tensors = []
         for index, size in enumerate(sizes):
             values = torch.randn(size, dtype=torch.float64)
-            tensors.append(_place((values * values if is_square else values).to(kind), index % 3))
+            shift = int(index % (n_slots + 1) == position)  # every so often all are aligned
+            tensors.append(_place((values * values if "sq" in name else values).to(kind), shift))
         return tensors
 
-    params = slot(dtype)
-    state = {key: slot(compute if key == "master_weights" else state_dtype, "sq" in key) for key in keys}
+    params = slot("param", dtype)
+    state = {key: slot(key, compute if key == "master_weights" else state_dtype) for key in keys}
     row_of = [index % N_ROWS for index in range(len(sizes))]
     rows = _random_rows(chosen, has_grad).to(compute)
     if has_master_weights:
         for param, master in zip(params, state["master_weights"], strict=True):
             # What the master makes of them where nothing is to be undone; the others are foreign writes.
             param[::2] = master[::2].to(dtype)
-    grads = slot(dtype) if has_grad else None
+    grads = slot("grad", dtype) if has_grad else None
     return RandomLaunch(chosen, dtype, state_dtype, params, grads, state, rows, row_of, chunk_size, trusts_master)
 
 

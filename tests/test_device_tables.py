@@ -81,7 +81,7 @@ def rows_on(device: torch.device) -> SimpleNamespace:
 
 def test_a_steady_step_uploads_its_rows_alone(gpu):
     launch = make_launch()
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     first = tables.upload(launch)
     assert gpu.uploads == 5
     launch.rows = launch.rows + 1
@@ -97,14 +97,14 @@ def test_a_steady_step_uploads_its_rows_alone(gpu):
 def test_rows_that_are_on_the_device_are_used_there(gpu):
     launch = make_launch()
     launch.rows = rows_on(GPU)
-    assert DeviceTables(launch).upload(launch).rows is launch.rows
+    assert DeviceTables().upload(launch).rows is launch.rows
     assert gpu.uploads == 4
 
 
 def test_steps_in_flight_keep_their_own_tables(gpu):
     """Ten steps are enqueued before the first copy is made, each with other addresses."""
     launch = make_launch()
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     steps = []
     for _ in range(10):
         launch.tables.addresses += 1
@@ -117,7 +117,7 @@ def test_steps_in_flight_keep_their_own_tables(gpu):
 
 def test_another_stream_gets_tables_of_its_own(gpu):
     launch = make_launch()
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     first = tables.upload(launch)
     gpu.stream = "another"
     second = tables.upload(launch)
@@ -130,7 +130,7 @@ def test_a_graph_reads_the_same_however_training_goes_on(gpu):
     """Captured with other addresses than the steps before and after, on another stream, and replayed in between."""
     launch = make_launch()
     launch.rows = rows_on(GPU)
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     tables.upload(launch)
     gpu.synchronize()
     launch.tables.addresses += 100
@@ -155,7 +155,7 @@ def test_a_graph_reads_the_same_however_training_goes_on(gpu):
 def test_a_graph_outlives_the_launch_but_not_the_parameters(gpu):
     launch = make_launch()
     launch.rows = rows_on(GPU)
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     tables.upload(launch)
     launch.tables.addresses += 1
     gpu.is_capturing = True
@@ -173,7 +173,7 @@ def test_two_steps_of_one_graph_have_a_buffer_each(gpu, monkeypatch):
     """The second pinned buffer has to be made during the capture, where torch can."""
     launch = make_launch()
     launch.rows = rows_on(GPU)
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     tables.upload(launch)
     gpu.synchronize()
     gpu.is_capturing = True
@@ -191,7 +191,7 @@ def test_a_step_whose_numbers_the_host_computes_is_not_captured(gpu):
     launch = make_launch()
     gpu.is_capturing = True
     with pytest.raises(RuntimeError, match="use capturable=True"):
-        DeviceTables(launch).upload(launch)
+        DeviceTables().upload(launch)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_a_step_whose_numbers_the_host_computes_is_not_captured(gpu):
 def read(optimizer, params) -> tuple[DeviceTables, object]:
     launch = optimizer._cache.launches[0]
     launch.grads = [param.grad for param in params]
-    tables = DeviceTables(launch)
+    tables = DeviceTables()
     tables.read(launch)
     return tables, launch
 

@@ -59,14 +59,13 @@ def run(launch: Launch) -> bool:
 
 def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
     """One launch on the current stream, with a block for each chunk."""
-    has_master = "master_weights" in launch.state
     torch.ops.xgrad_optim.multi_tensor_cuda(
         *uploaded,
         launch.tables.chunk_size,
         launch.grads is not None,
         "max_exp_avg_sq" in launch.state,
-        has_master,
-        has_master and launch.trusts_master,
+        "master_weights" in launch.state,
+        launch.trusts_master,
         launch.rule.name,
         launch.dtype,
         launch.state_dtype,
