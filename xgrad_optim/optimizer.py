@@ -93,7 +93,7 @@ class XGradOptimizer(Optimizer):
             group.update(self._fixed())
         # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
         self.__dict__.setdefault("_cache", StepCache()).clear()
-        self.__dict__.setdefault("_switch", hooks.Switch()).forget()
+        self.__dict__.setdefault("_switch", hooks.Switch()).turn(None)
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -149,7 +149,7 @@ class XGradOptimizer(Optimizer):
             group.clear()
             group.update(loaded, **self._fixed())
         self._cache.clear()
-        self._switch.forget()
+        self._switch.turn(None)
         self._switch.is_loaded = True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
