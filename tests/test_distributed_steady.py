@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from cases import every_optimizer, loss_of, small_model, train_step
-from ranks import on_ranks, share, whole
+from cases import loss_of, small_model, train_step
+from ranks import on_ranks, share, whole, with_every_optimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -42,8 +42,8 @@ def sharded(model):
     return model
 
 
-@every_optimizer
 @on_ranks(2)
+@with_every_optimizer
 def test_a_steady_step_dispatches_no_dtensor_operation(case):
     operations = DTensorOperations()
     for options in ({"backend": "torch", "master_weights": True}, {"backend": "cpu"}):
