@@ -75,7 +75,7 @@ def test_fsdp_with_shards_that_are_empty():
     assert_trains_alike(model, optimizer, twin, expected, share())
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", None], ids=["torch", "best"])
 @on_ranks(4)
 def test_hsdp(backend):
     """Shards within pairs, replicas across: the replicas of a shard hold the same bits."""
@@ -157,7 +157,7 @@ def test_tensor_parallel_and_fsdp_together():
     assert_trains_alike(model, optimizer, twin, expected, slice(data.get_local_rank(), None, data.size()))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", None], ids=["torch", "best"])
 @on_ranks(2)
 def test_gradients_that_are_sums_still_to_do(backend):
     """Sequence parallelism leaves each rank its part of a norm's gradient; the weights are the same on all ranks."""
