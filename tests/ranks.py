@@ -120,6 +120,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that the optimizer keeps, in an order that does not depend on how it came to be."""
+    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
+    return [state[key] for state in states for key in sorted(state)]
+
+
+def assert_close(model: torch.nn.Module, twin: torch.nn.Module, tolerance: float = 1e-9) -> None:
+    """The model holds, over all ranks, what its twin on one process does."""
+    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(whole(param), expected.detach(), rtol=tolerance, atol=tolerance / 1000)
+
+
 def assert_ranks_agree(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Every rank of the group holds the same bits."""
     for tensor in tensors:

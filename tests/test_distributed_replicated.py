@@ -11,22 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import loss_of, small_model, train_step
-from ranks import assert_ranks_agree, on_ranks, share, with_every_optimizer
+from ranks import assert_close, assert_ranks_agree, on_ranks, share, state_tensors, with_every_optimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from xgrad_optim import XAdamW
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "prediction_steps": 2.0}
-
-
-def assert_close(model, twin):
-    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
-
-
-def buffers(optimizer):
-    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
-    return [state[key] for state in states for key in sorted(state)]
 
 
 @pytest.mark.parametrize("gradient_as_bucket_view", [False, True], ids=["copies", "bucket_views"])
@@ -55,7 +45,7 @@ def test_ddp_trains_as_one_process(case, gradient_as_bucket_view):
         for each in (optimizer.train, expected.train):
             each()
         assert_close(model, twin)
-        assert_ranks_agree([*model.parameters(), *buffers(optimizer)])
+        assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
     assert optimizer._cache.builds == 1
 
 
@@ -68,7 +58,7 @@ def test_ddp_on_four_ranks():
         train_step(model, optimizer, step, share())
         train_step(twin, expected, step)
     assert_close(model, twin)
-    assert_ranks_agree([*model.parameters(), *buffers(optimizer)])
+    assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
 
 
 @on_ranks(2)
@@ -105,7 +95,7 @@ def test_wrapping_again_in_mid_training(mode):
     train_step(ddp, optimizer, 2, share())
     train_step(twin, expected, 2)
     assert_close(model, twin)
-    assert_ranks_agree([*model.parameters(), *buffers(optimizer)])
+    assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
 
 
 def zero_of(model, case, **options):
@@ -158,4 +148,4 @@ def test_a_resume_through_zero_continues_bit_for_bit(case, predicted):
         for each, optimizer in ((model, zero), (resumed_model, resumed)):
             train_step(each, optimizer, step, share())
         assert all(map(torch.equal, model.parameters(), resumed_model.parameters()))
-        assert all(map(torch.equal, buffers(zero.optim), buffers(resumed.optim)))
+        assert all(map(torch.equal, state_tensors(zero.optim), state_tensors(resumed.optim)))

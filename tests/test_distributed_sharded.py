@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import loss_of, small_model, train_step
-from ranks import assert_ranks_agree, on_ranks, share, whole, with_every_optimizer
+from ranks import assert_close, assert_ranks_agree, on_ranks, share, state_tensors, whole, with_every_optimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,16 +25,6 @@ def sharded(model, **options):
     for layer in (model[0], model[2], model):
         fully_shard(layer, **options)
     return model
-
-
-def assert_close(model, twin, tolerance=1e-9):
-    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(whole(param), expected.detach(), rtol=tolerance, atol=tolerance / 1000)
-
-
-def buffers(optimizer):
-    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
-    return [state[key] for state in states for key in sorted(state)]
 
 
 def assert_trains_alike(model, optimizer, twin, expected, share, steps=5):
@@ -83,7 +73,7 @@ def test_hsdp(backend):
     model, twin = sharded(small_model(), mesh=mesh), small_model()
     optimizer, expected = (XAdamW(each.parameters(), **OPTIONS, backend=backend) for each in (model, twin))
     assert_trains_alike(model, optimizer, twin, expected, share())
-    held = (*model.parameters(), *buffers(optimizer))
+    held = (*model.parameters(), *state_tensors(optimizer))
     replicas = mesh["replicate"].get_group()
     assert_ranks_agree([each.to_local() if isinstance(each, DTensor) else each for each in held], replicas)
 
@@ -100,7 +90,7 @@ def test_master_weights_and_amsgrad_of_shards():
         optimizer.step()
         expected.step()
     assert all(map(torch.equal, map(whole, model.parameters()), twin.parameters()))
-    assert all(map(torch.equal, map(whole, buffers(optimizer)), buffers(expected)))
+    assert all(map(torch.equal, map(whole, state_tensors(optimizer)), state_tensors(expected)))
 
 
 @on_ranks(2)
