@@ -24,9 +24,6 @@ the widest access there is, and so few registers that many programs share a mult
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """4 warps of 32 threads. No stages: other programs run while one waits for memory. No fusion: each operation rounds."""
 
-NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 128}
-"""No variant needs as many registers; without a limit, NVIDIA's assembler spills some to save a few."""
-
 DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -193,11 +190,7 @@ def unavailable() -> str | None:
 
 
 def why_not(launch: Launch) -> str | None:
-    if launch.device.type not in (("cpu",) if _runs_on_cpu() else DEVICES):
-        return f"parameters are on {launch.device}, it runs on {' and '.join(DEVICES)}"
-    if launch.state_dtype not in (launch.dtype, launch.compute_dtype):
-        return f"it does not combine parameters of {launch.dtype} with state of {launch.state_dtype}"
-    return None
+    return backend_device.why_not(launch, ("cpu",) if _runs_on_cpu() else DEVICES)
 
 
 prepare = backend_device.prepare
@@ -210,9 +203,15 @@ def run(launch: Launch) -> bool:
 
 def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
     """One launch on the current stream, with a program for each chunk."""
-    tables = launch.tables
-    options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
-    multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **options)
+    tables, constants = launch.tables, variant_of(launch)
+    options = nvidia_options(constants) if torch.version.cuda else OPTIONS
+    multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **constants, **options)
+
+
+def nvidia_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """The options, with room for the largest variants: there NVIDIA's assembler spills an address to save registers."""
+    is_large = constants["PARAM"] == tl.float64 or (constants["N_STATES"] == 3 and constants["HAS_MASTER_WEIGHTS"])
+    return {**OPTIONS, "maxnreg": 128} if is_large else OPTIONS
 
 
 def variant(

@@ -69,10 +69,8 @@ def gpu(monkeypatch) -> FakeGPU:
 def make_launch() -> SimpleNamespace:
     tables = Tables([5, 0, 9], [0, 1, 0], chunk_size=4)
     tables.addresses.copy_(torch.arange(18).reshape(3, 6))
-    rows = torch.randn(2, 9)
-    return SimpleNamespace(
-        device=GPU, tables=tables, rows=rows, params=[torch.nn.Parameter(torch.ones(1))], grads=None, state={}
-    )
+    params = [torch.nn.Parameter(torch.ones(1))]
+    return SimpleNamespace(device=GPU, is_capturable=True, tables=tables, rows=torch.randn(2, 9), params=params)
 
 
 def rows_on(device: torch.device) -> SimpleNamespace:

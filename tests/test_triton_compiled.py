@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("triton", reason="the Triton back end needs the package triton")
 import triton.language as tl
 from machine_code import ARCHITECTURES, REASON, kernels_of, usage_of
-from triton_kernels import RULES, all_variants, compile_kernel
+from triton_kernels import RULES, all_variants, compile_kernel, multi_tensor
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 NEVER = r"\bfma\.rn\.f(32|64)|\.ftz|\.approx|div\.full|ld\.local|st\.local|\.shared"
 """On sm_80 fma.rn.bf16 with a factor of 1 is its addition."""
 
-MAX_REGISTERS = {tl.float64: 102, tl.float32: 80, tl.bfloat16: 80, tl.float16: 80}
-"""By the parameters' dtype: then 6 programs of 128 threads share a multiprocessor's 65536 registers, 5 of float64."""
+MAX_REGISTERS = 72
+"""Then 7 programs of 128 threads share a multiprocessor's 65536 registers. Only the largest variants have more."""
 
 
 def expected_widths(variant) -> tuple[Counter[int], Counter[int]]:
@@ -49,7 +49,7 @@ def test_every_variant(rule, architecture, has_grad, tmp_path):
         assert compiled.metadata.shared == 0
         ((registers, local),) = usage_of(cubin).values()
         assert local == 0, f"{variant} spills"
-        assert registers <= MAX_REGISTERS[variant["PARAM"]], variant
+        assert registers <= multi_tensor.nvidia_options(variant).get("maxnreg", MAX_REGISTERS), variant
         if architecture == "sm_90":
             check_instructions(cubin, variant)
 

@@ -7,6 +7,7 @@ The same equality as in the simulation, without a compiler in between: what diff
 import pytest
 import torch
 from cases import every_optimizer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import Twins, needs_library, train
 
 pytest.importorskip("triton", reason="the Triton back end needs the package triton")
@@ -93,3 +94,15 @@ def test_it_is_available_only_for_what_it_can_run():
     param.grad = torch.ones(3, device="meta")
     with pytest.raises(RuntimeError, match="triton: parameters are on meta"):
         XAdamW([param], backend="triton").step()
+
+
+def test_fake_tensors_have_no_addresses():
+    real = torch.nn.Parameter(torch.ones(3))
+    real.grad = torch.ones(3)
+    optimizer = XAdamW([real], backend="triton")
+    optimizer.step()
+    launch = optimizer._cache.launches[0]
+    assert multi_tensor.why_not(launch) is None
+    with FakeTensorMode():
+        launch.params = [torch.ones(3)]
+    assert multi_tensor.why_not(launch) == "a FakeTensor has no memory of its own"

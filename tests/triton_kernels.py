@@ -29,7 +29,7 @@ def compile_kernel(architecture: int, constants: dict[str, Any]) -> Any:
     types = {**_POINTERS, "rows_ptr": rows, "chunk_size": "i32"}
     signature = {name: types.get(name, "constexpr") for name in KERNEL.arg_names}
     source = ASTSource(fn=KERNEL, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=multi_tensor.NVIDIA_OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=multi_tensor.nvidia_options(constants))
 
 
 @functools.cache
@@ -55,7 +55,7 @@ class SimulatedKernel:
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(addresses: Any, numels: Any, *others: Any, **constants: Any) -> None:
-            constants = {name: value for name, value in constants.items() if name not in multi_tensor.NVIDIA_OPTIONS}
+            constants = {name: value for name, value in constants.items() if name not in multi_tensor.OPTIONS}
             self.variants.append(tuple(constants.items()))
             kernel, block, shared = load_kernel(self.architecture, self.variants[-1])
             param, state = (constants[name].primitive_bitwidth // 8 for name in ("PARAM", "STATE"))

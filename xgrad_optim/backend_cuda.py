@@ -42,11 +42,7 @@ def _load() -> str | None:
 
 
 def why_not(launch: Launch) -> str | None:
-    if launch.device.type != DEVICE:
-        return f"parameters are on {launch.device}, it runs on {DEVICE}"
-    if launch.state_dtype not in (launch.dtype, launch.compute_dtype):
-        return f"it does not combine parameters of {launch.dtype} with state of {launch.state_dtype}"
-    return None
+    return backend_device.why_not(launch, (DEVICE,))
 
 
 prepare = backend_device.prepare

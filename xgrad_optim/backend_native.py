@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from xgrad_optim import backend_torch, build_native
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import local, plain
+from xgrad_optim.layout import PLAIN_CLASSES, local, owns_memory, plain
 
 ISA = os.environ.get("XGRAD_CPU_ISA", "")
 """The instruction set to use, "avx512", "avx2" or "baseline"; empty for the best one. It changes no bit."""
@@ -28,9 +28,6 @@ _LAZY, _CHANGED = -1, -2
 
 _BATCH = 1024
 """Gradients handed to the library at a time: torch makes a copy of each reference, which stays in a cache so."""
-
-_PLAIN_CLASSES = {Tensor, torch.nn.Parameter}
-"""Classes whose instances are the memory at their address."""
 
 _lock = threading.Lock()
 
@@ -78,14 +75,9 @@ def why_not(launch: Launch) -> str | None:
     if launch.state_dtype not in (launch.dtype, launch.compute_dtype):
         return f"it does not combine parameters of {launch.dtype} with state of {launch.state_dtype}"
     for tensor in chain(launch.params, *launch.state.values()):
-        if not _owns_memory(plain(tensor)):
+        if not owns_memory(plain(tensor)):
             return f"a {type(tensor).__name__} has no memory of its own"
     return None
-
-
-def _owns_memory(tensor: Tensor) -> bool:
-    cls = type(tensor)
-    return cls in _PLAIN_CLASSES or cls.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 class _Binding:
@@ -101,7 +93,7 @@ class _Binding:
             lists.append(buffers)
             dtypes.append(launch.compute_dtype if key == "master_weights" else launch.state_dtype)
         self._owners = list(chain(*lists))
-        self._is_plain = _PLAIN_CLASSES.issuperset(map(type, self._owners))
+        self._is_plain = PLAIN_CLASSES.issuperset(map(type, self._owners))
         self._tensors = self._locals()
         self._name = torch.ops.xgrad_optim.bind_tensors(self._tensors, slots, dtypes, launch.tables.numels)
         weakref.finalize(self, torch.ops.xgrad_optim.release_tensors, self._name)
@@ -115,7 +107,7 @@ class _Binding:
 
     def read(self, grads: list[Tensor] | None, addresses: Tensor) -> int:
         grads = grads or []
-        if not _PLAIN_CLASSES.issuperset(map(type, grads)):
+        if not PLAIN_CLASSES.issuperset(map(type, grads)):
             grads = [local(grad) for grad in grads]
         if self._name == _LAZY:
             return _LAZY

@@ -93,7 +93,7 @@ class DeviceTables:
         if not torch.equal(self._known_addresses, tables.addresses):
             self._known_addresses = tables.addresses.clone()
             self._addresses = _upload(tables.addresses, device)[1]
-        if self._spare is None:
+        if launch.is_capturable and self._spare is None:
             self._spare = _pinned_like(tables.addresses)
         rows = launch.rows if launch.rows.device == device else _upload(launch.rows, device)[1]
         numels, row_of, chunks = self._shape

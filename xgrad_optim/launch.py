@@ -19,8 +19,8 @@ from xgrad_optim.rule import Options, Rule
 from xgrad_optim.scalars import Scalars
 from xgrad_optim.state import State, matches
 
-CHUNK = 1 << 14
-"""Elements of a chunk: the unit in which native back ends divide a tensor."""
+CHUNK, GPU_CHUNK = 1 << 14, 1 << 12
+"""Elements of a chunk, the unit in which native back ends divide a tensor; on a GPU a thousand run at a time."""
 
 _version = attrgetter("_version")
 
@@ -151,7 +151,8 @@ class Launch:
         """The tables for native back ends, made when they are first asked for."""
         if self._tables is None:
             numels = [plain(param).numel() for param in self.params]
-            self._tables = Tables(numels, self.row_of, CHUNK)
+            chunk_size = CHUNK if self.device.type == "cpu" else GPU_CHUNK
+            self._tables = Tables(numels, self.row_of, chunk_size)
         return self._tables
 
     @cached_property

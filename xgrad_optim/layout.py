@@ -43,6 +43,16 @@ def plain(tensor: Tensor) -> Tensor:
     return as_real(local(tensor))
 
 
+PLAIN_CLASSES = {Tensor, torch.nn.Parameter}
+"""Classes whose instances are the memory at their address."""
+
+
+def owns_memory(tensor: Tensor) -> bool:
+    """Whether there is memory at its address: fake tensors, for one, have none."""
+    cls = type(tensor)
+    return cls in PLAIN_CLASSES or cls.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one range of memory, each once, in whatever order of dimensions."""
     if tensor.is_contiguous():
