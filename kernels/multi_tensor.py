@@ -210,8 +210,8 @@ def run(launch: Launch) -> bool:
 
 def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
     """One launch on the current stream, with a program for each chunk."""
-    options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
     tables = launch.tables
+    options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
     multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **variant_of(launch), **options)
 
 

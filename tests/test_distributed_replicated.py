@@ -10,8 +10,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import every_optimizer, loss_of, small_model, train_step
-from ranks import assert_ranks_agree, on_ranks, share
+from cases import loss_of, small_model, train_step
+from ranks import assert_ranks_agree, on_ranks, share, with_every_optimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from xgrad_optim import XAdamW
@@ -29,9 +29,9 @@ def buffers(optimizer):
     return [state[key] for state in states for key in sorted(state)]
 
 
-@every_optimizer
 @pytest.mark.parametrize("gradient_as_bucket_view", [False, True], ids=["copies", "bucket_views"])
 @on_ranks(2)
+@with_every_optimizer
 def test_ddp_trains_as_one_process(case, gradient_as_bucket_view):
     """Every third step accumulates two micro-batches; evaluation between the steps leaves no trace."""
     twin = small_model()
@@ -114,9 +114,9 @@ def zero_of(model, case, **options):
     return ZeroRedundancyOptimizer(model.parameters(), case.optimizer, **OPTIONS, **options)
 
 
-@every_optimizer
 @pytest.mark.parametrize("bucket_view", [False, True], ids=["tensors", "bucket_views"])
 @on_ranks(2)
+@with_every_optimizer
 def test_zero_trains_as_one_process(case, bucket_view):
     """Also with parameters that ZeRO has moved into views of its buckets."""
     twin = small_model()
@@ -138,9 +138,9 @@ def test_zero_trains_as_one_process(case, bucket_view):
     assert 0 < len(zero.optim.state) < len(expected.state), "each rank keeps its part of the state"
 
 
-@every_optimizer
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "true"])
 @on_ranks(2)
+@with_every_optimizer
 def test_a_resume_through_zero_continues_bit_for_bit(case, predicted):
     model, resumed_model = (DistributedDataParallel(small_model()) for _ in range(2))
     zero, resumed = zero_of(model, case), zero_of(resumed_model, case)

@@ -10,12 +10,26 @@ from xgrad_optim.launch import Launch
 
 
 def prepare(launch: Launch) -> bool:
-    """Read the tensors as they now are; False where the Launch must be built anew."""
+    """Read the tensors as they now are; False where the Launch must be built anew.
+
+    Raises:
+        RuntimeError: capturable=True, and a tensor that only the torch back end can take.
+    """
     try:
         is_steady = tables_of(launch).read(launch)
     except RuntimeError:  # a sparse gradient, say: the optimizer's own checks find the words for it
         return False
-    return is_steady and (launch.tables.n_refused == 0 or launch.fits())
+    if launch.tables.n_refused == 0:
+        return is_steady
+    if not launch.fits():
+        return False
+    if launch.is_capturable:
+        shapes = sorted({tuple(launch.params[index].shape) for index in refused(launch)})
+        raise RuntimeError(
+            "capturable=True needs a parameter, its gradient and its state to lie in memory alike and without gaps, "
+            f"those of shapes {shapes} do not: make them contiguous, or use capturable=False"
+        )
+    return is_steady
 
 
 def run(launch: Launch, run_kernel: Callable[[Launch, Uploaded], None]) -> bool:

@@ -41,12 +41,8 @@ class Switch:
         self.attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
     def turn(self, position: bool | None) -> None:
-        """Note what the parameters now hold."""
+        """Note what the parameters now hold; None where the state has been replaced, or only a device knows."""
         self.position = position
-
-    def forget(self) -> None:
-        """The state has been replaced: nothing is known until somebody looks at it."""
-        self.position = None
 
     def drop_copies(self) -> None:
         """Parameters have changed outside of a step: drop the copies of them that torch keeps for the next forward."""

@@ -93,7 +93,7 @@ class XGradOptimizer(Optimizer):
             group.update(self._fixed())
         # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
         self.__dict__.setdefault("_cache", StepCache()).clear()
-        self.__dict__.setdefault("_switch", hooks.Switch()).forget()
+        self.__dict__.setdefault("_switch", hooks.Switch()).turn(None)
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -149,7 +149,7 @@ class XGradOptimizer(Optimizer):
             group.clear()
             group.update(loaded, **self._fixed())
         self._cache.clear()
-        self._switch.forget()
+        self._switch.turn(None)
         self._switch.is_loaded = True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -169,7 +169,7 @@ class XGradOptimizer(Optimizer):
     @torch._disable_dynamo
     def train(self, mode: bool = True) -> None:
         """Put the predicted weights theta_hat into the parameters; ``train(False)`` is :meth:`eval`. Idempotent."""
-        self._put(predicted=mode)
+        self._put(predicted=bool(mode))
 
     @contextmanager
     def true_weights(self) -> Iterator[None]:
@@ -219,15 +219,18 @@ class XGradOptimizer(Optimizer):
         return hooks.attach(self, model)
 
     def _put(self, predicted: bool) -> None:
-        if self.predicted is not predicted:
+        # Trainers call train() before every batch.
+        if self._switch.position is predicted and self._cache.holds_state(self.state):
+            return
+        if not predicted:
             self._check_loaded()
         self._swap(to_predicted=predicted)
 
     def _check_loaded(self) -> None:
-        """Look once at what the parameters hold, when the state that was loaded is first used with them."""
-        if self._switch.is_loaded:
-            self._switch.is_loaded = False
+        """Look once at what the parameters hold, when a state that calls it theta_hat is first used with them."""
+        if self._switch.is_loaded and self.predicted:
             pairing.warn_of_mismatch(self)
+        self._switch.is_loaded = False
 
     def _tracked(self) -> list[Tracked]:
         """The parameters that have taken a step, with their state and options."""
