@@ -19,12 +19,17 @@ using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
+// torch's own macro for this has not the same name in every release.
+void demand(AOTITorchError outcome) {
+  STD_TORCH_CHECK(outcome == AOTI_TORCH_SUCCESS, "xgrad_optim: a call into torch failed");
+}
+
 // A tensor of a list, without the shared pointer that torch::stable::Tensor allocates: there are many.
 class Handle {
  public:
   Handle(StableListHandle list, int64_t index) {
     StableIValue value;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, index, &value));
+    demand(torch_list_get_item(list, index, &value));
     handle_ = to<AtenTensorHandle>(value);
   }
   ~Handle() {
@@ -37,7 +42,7 @@ class Handle {
 
   int32_t dtype() const {
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    demand(aoti_torch_get_dtype(handle_, &dtype));
     return dtype;
   }
 
@@ -45,19 +50,19 @@ class Handle {
   int64_t address(bool is_written) const {
     if (is_written) {
       void* address;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &address));
+      demand(torch_get_mutable_data_ptr(handle_, &address));
       return reinterpret_cast<int64_t>(address);
     }
     const void* address;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &address));
+    demand(torch_get_const_data_ptr(handle_, &address));
     return reinterpret_cast<int64_t>(address);
   }
 
   std::pair<int32_t, int32_t> device() const {
     int32_t type, index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
+    demand(aoti_torch_get_device_type(handle_, &type));
     if (type != aoti_torch_device_type_cpu()) {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
+      demand(aoti_torch_get_device_index(handle_, &index));
     }
     return {type, index};
   }
@@ -120,9 +125,9 @@ class Layout {
 
  private:
   static void ask(const Handle& handle, int64_t* dim, int64_t** sizes, int64_t** strides) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle.get(), dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle.get(), sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle.get(), strides));
+    demand(aoti_torch_get_dim(handle.get(), dim));
+    demand(aoti_torch_get_sizes(handle.get(), sizes));
+    demand(aoti_torch_get_strides(handle.get(), strides));
   }
 
   std::vector<int64_t> sizes_, strides_;
@@ -147,7 +152,7 @@ class ListOwner {
  public:
   explicit ListOwner(StableIValue value) : list_(to<StableListHandle>(value)) {
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    demand(torch_list_size(list_, &size));
     size_ = static_cast<int64_t>(size);
   }
   ~ListOwner() { torch_delete_list(list_); }
