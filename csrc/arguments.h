@@ -10,14 +10,6 @@
 
 namespace xgrad {
 
-inline RuleId rule_of(const std::string& name) {
-  if (name == "sgdm") return RuleId::kSgdm;
-  if (name == "adam") return RuleId::kAdam;
-  if (name == "adabelief") return RuleId::kAdaBelief;
-  if (name == "adam3") return RuleId::kAdaM3;
-  STD_TORCH_CHECK(false, "xgrad_optim: there is no rule \"", name, "\"");
-}
-
 inline Dtype dtype_of(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   switch (type) {

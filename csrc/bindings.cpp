@@ -31,7 +31,7 @@ std::vector<std::string> cpu_isas() {
   return isas;
 }
 
-Kernel find_kernel(RuleId rule, Dtype param_dtype, Dtype state_dtype, const std::string& wanted) {
+Kernel find_kernel(const char* rule, Dtype param_dtype, Dtype state_dtype, const std::string& wanted) {
   static const std::vector<std::string> isas = cpu_isas();
   const std::string& isa = wanted.empty() ? isas.front() : wanted;
   STD_TORCH_CHECK(std::find(isas.begin(), isas.end(), isa) != isas.end(),
@@ -62,16 +62,17 @@ void check_launch(const Launch& launch, int64_t n_tensors, int64_t n_rows, int64
 void multi_tensor_cpu(Tensor addresses, Tensor numels, Tensor row_of, Tensor rows, Tensor chunks, Tensor tasks,
                       int64_t chunk_size, bool trusts_master, std::string rule, ScalarType param_dtype,
                       ScalarType state_dtype, std::string isa) {
-  const RuleId id = rule_of(rule);
+  const int64_t n_columns = baseline::count_columns(rule.c_str());
+  STD_TORCH_CHECK(n_columns > 0, "multi_tensor_cpu: there is no rule \"", rule, "\"");
   const Dtype dtype = dtype_of(param_dtype);
-  const Kernel kernel = find_kernel(id, dtype, dtype_of(state_dtype), isa);
+  const Kernel kernel = find_kernel(rule.c_str(), dtype, dtype_of(state_dtype), isa);
   STD_TORCH_CHECK(kernel, "multi_tensor_cpu: no kernel for parameters of dtype ", static_cast<int>(param_dtype),
                   " with state of dtype ", static_cast<int>(state_dtype));
   for (const Tensor* table : {&addresses, &numels, &row_of, &rows, &chunks, &tasks}) {
     STD_TORCH_CHECK(table->is_cpu(), "multi_tensor_cpu: all tables must be on the CPU");
   }
   check_table("tasks", tasks, ScalarType::Long, 1);
-  Launch launch = read_tables(addresses, numels, row_of, rows, chunks, chunk_size, baseline::count_columns(id), dtype);
+  Launch launch = read_tables(addresses, numels, row_of, rows, chunks, chunk_size, n_columns, dtype);
   launch.trusts_master = trusts_master;
   const int64_t n_tensors = numels.numel(), n_chunks = chunks.size(0), n_tasks = tasks.numel() - 1;
   check_launch(launch, n_tensors, rows.size(0), n_chunks);

@@ -33,26 +33,28 @@ std::string cuda_problem() {
 // the tables are on. What the tables hold is not checked: that would take a copy to the host.
 void multi_tensor_cuda(Tensor addresses, Tensor numels, Tensor row_of, Tensor rows, Tensor chunks, int64_t chunk_size,
                        bool has_grad, bool has_max_exp_avg_sq, bool has_master_weights, bool trusts_master,
-                       std::string rule_name, ScalarType param_dtype, ScalarType state_dtype, int64_t stream) {
+                       std::string rule, ScalarType param_dtype, ScalarType state_dtype, int64_t stream) {
   static const std::string problem = cuda_problem();
   STD_TORCH_CHECK(problem.empty(), "multi_tensor_cuda: ", problem);
   for (const Tensor* table : {&addresses, &numels, &row_of, &rows, &chunks}) {
     STD_TORCH_CHECK(table->is_cuda() && table->get_device_index() == addresses.get_device_index(),
                     "multi_tensor_cuda: all tables must be on one CUDA device");
   }
-  const RuleId rule = rule_of(rule_name);
+  const int64_t n_columns = with_rule(
+      rule.c_str(), [](auto found) -> int64_t { return Hyper<decltype(found), float>::kNumColumns; },
+      [] { return int64_t{0}; });
+  STD_TORCH_CHECK(n_columns > 0, "multi_tensor_cuda: there is no rule \"", rule, "\"");
   const Dtype param = dtype_of(param_dtype), state = dtype_of(state_dtype);
-  const int64_t n_columns =
-      with_rule(rule, [](auto rule) { return int64_t{Hyper<decltype(rule), float>::kNumColumns}; });
   const Launch launch = read_tables(addresses, numels, row_of, rows, chunks, chunk_size, n_columns, param);
   const int64_t n_chunks = chunks.size(0);
   STD_TORCH_CHECK(n_chunks <= kMaxChunks && chunk_size <= kMaxChunks, "multi_tensor_cuda: ", n_chunks, " chunks of ",
                   chunk_size, " elements exceed a grid");
   const Buffers buffers{has_grad, has_max_exp_avg_sq, has_master_weights, trusts_master};
   const torch::stable::accelerator::DeviceGuard guard(addresses.get_device_index());
-  const char* error = with_rule(rule, [&](auto rule) {
-    return run_on_device<decltype(rule)>(launch, n_chunks, param, state, buffers, reinterpret_cast<void*>(stream));
-  });
+  const auto run = [&](auto found) {
+    return run_on_device<decltype(found)>(launch, n_chunks, param, state, buffers, reinterpret_cast<void*>(stream));
+  };
+  const char* error = with_rule(rule.c_str(), run, [] { return "no such rule"; });
   STD_TORCH_CHECK(error == nullptr, "multi_tensor_cuda: ", error);
 }
 

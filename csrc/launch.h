@@ -11,8 +11,6 @@ namespace xgrad {
 // that the kernel must pass over.
 enum Slot : int { kParam, kGrad, kState0, kState1, kMaxExpAvgSq, kMasterWeights, kNumSlots };
 
-enum class RuleId { kSgdm, kAdam, kAdaBelief, kAdaM3 };
-
 enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 // Elements [index * chunk_size, (index + 1) * chunk_size) of one tensor, as far as it goes.

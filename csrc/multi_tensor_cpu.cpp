@@ -17,32 +17,14 @@ template <class Rule> Kernel find_rules_kernel(Dtype param_dtype, Dtype state_dt
   return nullptr;
 }
 
-int64_t count_columns(RuleId rule) {
-  switch (rule) {
-    case RuleId::kSgdm:
-      return Hyper<Sgdm, float>::kNumColumns;
-    case RuleId::kAdam:
-      return Hyper<Adam, float>::kNumColumns;
-    case RuleId::kAdaBelief:
-      return Hyper<AdaBelief, float>::kNumColumns;
-    case RuleId::kAdaM3:
-      return Hyper<AdaM3, float>::kNumColumns;
-  }
-  return 0;
+int64_t count_columns(const char* rule) {
+  return with_rule(rule, [](auto found) -> int64_t { return Hyper<decltype(found), float>::kNumColumns; },
+                   [] { return int64_t{0}; });
 }
 
-Kernel find_kernel(RuleId rule, Dtype param_dtype, Dtype state_dtype) {
-  switch (rule) {
-    case RuleId::kSgdm:
-      return find_rules_kernel<Sgdm>(param_dtype, state_dtype);
-    case RuleId::kAdam:
-      return find_rules_kernel<Adam>(param_dtype, state_dtype);
-    case RuleId::kAdaBelief:
-      return find_rules_kernel<AdaBelief>(param_dtype, state_dtype);
-    case RuleId::kAdaM3:
-      return find_rules_kernel<AdaM3>(param_dtype, state_dtype);
-  }
-  return nullptr;
+Kernel find_kernel(const char* rule, Dtype param_dtype, Dtype state_dtype) {
+  return with_rule(rule, [=](auto found) { return find_rules_kernel<decltype(found)>(param_dtype, state_dtype); },
+                   [] { return Kernel{nullptr}; });
 }
 
 }  // namespace XGRAD_ISA

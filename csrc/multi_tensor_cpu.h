@@ -5,13 +5,13 @@
 
 namespace xgrad {
 
-#define XGRAD_DECLARE_ISA(isa)                                        \
-  namespace isa {                                                     \
-  Kernel find_kernel(RuleId rule, Dtype param_dtype, Dtype state_dtype); \
-  int64_t count_columns(RuleId rule);                                   \
+#define XGRAD_DECLARE_ISA(isa)                                              \
+  namespace isa {                                                           \
+  Kernel find_kernel(const char* rule, Dtype param_dtype, Dtype state_dtype); \
+  int64_t count_columns(const char* rule);                                  \
   }
 
-// nullptr where the launch's combination of dtypes does not exist.
+// nullptr, or 0, where there is no rule of this name; nullptr where its combination of dtypes does not exist.
 XGRAD_DECLARE_ISA(baseline)
 XGRAD_DECLARE_ISA(avx2)
 XGRAD_DECLARE_ISA(avx512)

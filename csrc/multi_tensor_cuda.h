@@ -13,19 +13,5 @@ template <class Rule>
 const char* run_on_device(const Launch& launch, int64_t n_chunks, Dtype param_dtype, Dtype state_dtype, Buffers buffers,
                           void* stream);
 
-// Calls `visit` with an object of the rule's type.
-template <class Visit> auto with_rule(RuleId rule, Visit visit) {
-  switch (rule) {
-    case RuleId::kSgdm:
-      return visit(Sgdm{});
-    case RuleId::kAdam:
-      return visit(Adam{});
-    case RuleId::kAdaBelief:
-      return visit(AdaBelief{});
-    default:
-      return visit(AdaM3{});
-  }
-}
-
 }  // namespace XGRAD_ISA
 }  // namespace xgrad

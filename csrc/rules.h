@@ -93,5 +93,22 @@ struct AdaM3 : TwoMoments {
   }
 };
 
+// Every rule, and its name in Python: all that is made of rules, for any back end, is made of this list.
+#define XGRAD_FOR_EACH_RULE(X) \
+  X(Sgdm, "sgdm")              \
+  X(Adam, "adam")              \
+  X(AdaBelief, "adabelief")    \
+  X(AdaM3, "adam3")
+
+// Calls `visit` with an object of the type of the rule with this name, or with none of them: `otherwise`.
+template <class Visit, class Otherwise>
+auto with_rule(const char* name, Visit visit, Otherwise otherwise) -> decltype(otherwise()) {
+#define XGRAD_VISIT(Rule, rule_name) \
+  if (std::strcmp(name, rule_name) == 0) return visit(Rule{});
+  XGRAD_FOR_EACH_RULE(XGRAD_VISIT)
+#undef XGRAD_VISIT
+  return otherwise();
+}
+
 }  // namespace XGRAD_ISA
 }  // namespace xgrad

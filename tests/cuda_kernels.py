@@ -18,8 +18,7 @@ from xgrad_optim.numeric import COMPUTE_DTYPES
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """In the order of `Dtype` in csrc/launch.h."""
-RULES = dict(zip(("sgdm", "adam", "adabelief", "adam3"), build_cuda.RULES, strict=True))
-"""The structs by the rules' names, in the order of `RuleId` in csrc/launch.h."""
+RULES = build_cuda.rules()
 THREADS = 256
 """Of a block."""
 
@@ -141,7 +140,7 @@ def load_emulation() -> Any:
     flags += [f"-I{EMULATION}", f"-I{build_native.source_directory()}"]
     compiler = [*build_native.find_compiler(), *flags]
     objects = {"emulation.o": [*compiler, "-c", str(EMULATION / "emulation.cpp"), "-o", "emulation.o"]}
-    for rule in build_cuda.RULES:
+    for rule in RULES.values():
         source = ["-x", "c++", "-c", str(files[0])]
         objects[f"{rule}.o"] = [*compiler, f"-DXGRAD_RULE={rule}", *source, "-o", f"{rule}.o"]
     target = build_native.cache_directory() / "tests" / f"cuda_emulation-{build_native.digest_of(files, flags)}.so"
@@ -166,7 +165,7 @@ class EmulatedKernel:
         error = load_emulation()(
             ctypes.byref(argument),
             ctypes.c_int64(len(uploaded.chunks)),
-            list(RULES).index(variant.rule),
+            variant.rule.encode(),
             DTYPES.index(variant.dtype),
             DTYPES.index(variant.state_dtype),
             (ctypes.c_bool * 4)(*variant.buffers),

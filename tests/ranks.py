@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import PLAIN
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=30)
-TEST_TIMEOUT = 100.0
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+TEST_TIMEOUT = 180.0
 """Seconds after which a test fails whose ranks hang elsewhere than in a collective."""
 
 _processes = multiprocessing.get_context("forkserver")
@@ -47,6 +48,22 @@ def on_ranks(*world_sizes: int) -> Callable[[Callable], Callable]:
         return spread
 
     return decorate
+
+
+def with_every_optimizer(test: Callable) -> Callable:
+    """Under `on_ranks`: the test runs for one optimizer after the other, in one group, which is what takes time."""
+
+    @functools.wraps(test)
+    def run_all(**arguments: Any) -> None:
+        for case in PLAIN:
+            try:
+                test(case, **arguments)
+            except Exception as error:
+                raise AssertionError(f"with {case.id}") from error
+
+    of_test = inspect.signature(test)
+    run_all.__signature__ = of_test.replace(parameters=list(of_test.parameters.values())[1:])
+    return run_all
 
 
 def run(function: Callable, world_size: int, **arguments: Any) -> None:
@@ -77,14 +94,16 @@ def _member(name: tuple[str, str], place: tuple[Path, int, int], arguments: dict
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        function = inspect.unwrap(getattr(importlib.import_module(name[0]), name[1]))
+        function = getattr(importlib.import_module(name[0]), name[1])
+        function = getattr(function, "__wrapped__", function)  # the test, not what spreads it
         rendezvous = f"file://{folder / 'rendezvous'}"
         dist.init_process_group("gloo", rendezvous, COLLECTIVE_TIMEOUT, world_size, rank)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(predicted weights|xgrad_optim).*")
             function(**arguments)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.txt").write_text(f"rank {rank} of {world_size}: {traceback.format_exc()}")
         os._exit(1)
@@ -99,6 +118,18 @@ def whole(tensor: Tensor) -> Tensor:
     """A copy of all that the ranks hold of a tensor."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that the optimizer keeps, in an order that does not depend on how it came to be."""
+    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
+    return [state[key] for state in states for key in sorted(state)]
+
+
+def assert_close(model: torch.nn.Module, twin: torch.nn.Module, tolerance: float = 1e-9) -> None:
+    """The model holds, over all ranks, what its twin on one process does."""
+    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(whole(param), expected.detach(), rtol=tolerance, atol=tolerance / 1000)
 
 
 def assert_ranks_agree(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cuda_kernels import RULES as RULE_NAMES
 from cuda_kernels import needs_nvcc
 from random_launch import RULES
 
-from xgrad_optim import backends, build_cuda, build_native
+from xgrad_optim import XAdamW, backends, build_cuda, build_native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -168,6 +169,18 @@ def test_architectures(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(RuntimeError, match="got 'Hopper'"):
         build_cuda.architectures_ahead_of_time()
+
+
+def test_no_build_begins_where_triton_can_run(monkeypatch):
+    """A build takes a minute: it begins where "cuda" is asked for, or where nothing better fits."""
+    options = XAdamW([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+    fitting = SimpleNamespace(why_not=lambda launch: None, unavailable=lambda: None)
+    cuda = SimpleNamespace(why_not=lambda launch: None, unavailable=lambda: pytest.fail("it would be built"))
+    modules = {"triton": fitting, "cuda": cuda, "cpu": fitting, "torch": fitting}
+    monkeypatch.setattr(backends, "_module", modules.get)
+    for wanted in ({}, {"backend": "triton"}, {"fused": True}):
+        backends.check_available({**options, **wanted})
+        assert backends.choose(None, {**options, **wanted}) is fitting
 
 
 def test_every_rule_is_compiled():

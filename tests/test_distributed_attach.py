@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from cases import loss_of, small_model
 from ranks import assert_ranks_agree, on_ranks, share, whole
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from xgrad_optim import XAdamW
@@ -54,6 +54,25 @@ def test_attached_fsdp_forwards_see_the_weights_of_their_mode(reshard):
     model, twin, optimizer, expected = twins(fsdp, reshard_after_forward=reshard)
     optimizer.attach(model)
     assert_forwards_agree(model, optimizer, twin, expected)
+
+
+@pytest.mark.parametrize("reshard", [None, True, False], ids=["default", "reshard", "keep"])
+@pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float64", "bfloat16"])
+@on_ranks(2)
+def test_a_swap_between_forward_and_backward_raises_under_fsdp_too(reshard, in_bfloat16):
+    """Its gathers keep the version counters, so that a backward would gather the other weights unnoticed."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if in_bfloat16 else None)
+    model = fsdp(small_model(), reshard_after_forward=reshard, mp_policy=policy)
+    optimizer = XAdamW(model.parameters(), **OPTIONS)
+    optimizer.attach(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    loss = loss_of(model, 3)
+    model.state_dict()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @on_ranks(2)

@@ -10,8 +10,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import every_optimizer, loss_of, small_model, train_step
-from ranks import assert_ranks_agree, on_ranks, share
+from cases import loss_of, small_model, train_step
+from ranks import assert_close, assert_ranks_agree, on_ranks, share, state_tensors, with_every_optimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from xgrad_optim import XAdamW
@@ -19,19 +19,9 @@ from xgrad_optim import XAdamW
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "prediction_steps": 2.0}
 
 
-def assert_close(model, twin):
-    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
-
-
-def buffers(optimizer):
-    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
-    return [state[key] for state in states for key in sorted(state)]
-
-
-@every_optimizer
 @pytest.mark.parametrize("gradient_as_bucket_view", [False, True], ids=["copies", "bucket_views"])
 @on_ranks(2)
+@with_every_optimizer
 def test_ddp_trains_as_one_process(case, gradient_as_bucket_view):
     """Every third step accumulates two micro-batches; evaluation between the steps leaves no trace."""
     twin = small_model()
@@ -55,7 +45,7 @@ def test_ddp_trains_as_one_process(case, gradient_as_bucket_view):
         for each in (optimizer.train, expected.train):
             each()
         assert_close(model, twin)
-        assert_ranks_agree([*model.parameters(), *buffers(optimizer)])
+        assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
     assert optimizer._cache.builds == 1
 
 
@@ -68,7 +58,7 @@ def test_ddp_on_four_ranks():
         train_step(model, optimizer, step, share())
         train_step(twin, expected, step)
     assert_close(model, twin)
-    assert_ranks_agree([*model.parameters(), *buffers(optimizer)])
+    assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
 
 
 @on_ranks(2)
@@ -105,7 +95,7 @@ def test_wrapping_again_in_mid_training(mode):
     train_step(ddp, optimizer, 2, share())
     train_step(twin, expected, 2)
     assert_close(model, twin)
-    assert_ranks_agree([*model.parameters(), *buffers(optimizer)])
+    assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
 
 
 def zero_of(model, case, **options):
@@ -114,9 +104,9 @@ def zero_of(model, case, **options):
     return ZeroRedundancyOptimizer(model.parameters(), case.optimizer, **OPTIONS, **options)
 
 
-@every_optimizer
 @pytest.mark.parametrize("bucket_view", [False, True], ids=["tensors", "bucket_views"])
 @on_ranks(2)
+@with_every_optimizer
 def test_zero_trains_as_one_process(case, bucket_view):
     """Also with parameters that ZeRO has moved into views of its buckets."""
     twin = small_model()
@@ -138,9 +128,9 @@ def test_zero_trains_as_one_process(case, bucket_view):
     assert 0 < len(zero.optim.state) < len(expected.state), "each rank keeps its part of the state"
 
 
-@every_optimizer
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "true"])
 @on_ranks(2)
+@with_every_optimizer
 def test_a_resume_through_zero_continues_bit_for_bit(case, predicted):
     model, resumed_model = (DistributedDataParallel(small_model()) for _ in range(2))
     zero, resumed = zero_of(model, case), zero_of(resumed_model, case)
@@ -158,4 +148,4 @@ def test_a_resume_through_zero_continues_bit_for_bit(case, predicted):
         for each, optimizer in ((model, zero), (resumed_model, resumed)):
             train_step(each, optimizer, step, share())
         assert all(map(torch.equal, model.parameters(), resumed_model.parameters()))
-        assert all(map(torch.equal, buffers(zero.optim), buffers(resumed.optim)))
+        assert all(map(torch.equal, state_tensors(zero.optim), state_tensors(resumed.optim)))

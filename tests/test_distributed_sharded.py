@@ -8,8 +8,8 @@ parameter, and gathered copies of the weights that a swap does not reach.
 import pytest
 import torch
 import torch.distributed as dist
-from cases import every_optimizer, loss_of, small_model, train_step
-from ranks import assert_ranks_agree, on_ranks, share, whole
+from cases import loss_of, small_model, train_step
+from ranks import assert_close, assert_ranks_agree, on_ranks, share, state_tensors, whole, with_every_optimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,16 +25,6 @@ def sharded(model, **options):
     for layer in (model[0], model[2], model):
         fully_shard(layer, **options)
     return model
-
-
-def assert_close(model, twin, tolerance=1e-9):
-    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(whole(param), expected.detach(), rtol=tolerance, atol=tolerance / 1000)
-
-
-def buffers(optimizer):
-    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
-    return [state[key] for state in states for key in sorted(state)]
 
 
 def assert_trains_alike(model, optimizer, twin, expected, share, steps=5):
@@ -58,8 +48,8 @@ def assert_trains_alike(model, optimizer, twin, expected, share, steps=5):
                 assert state[key].placements == param.placements
 
 
-@every_optimizer
 @on_ranks(2)
+@with_every_optimizer
 def test_fsdp_trains_as_one_process(case):
     """Uneven shards: 7 rows and 3 rows over 2 ranks."""
     model, twin = sharded(small_model()), small_model()
@@ -75,7 +65,7 @@ def test_fsdp_with_shards_that_are_empty():
     assert_trains_alike(model, optimizer, twin, expected, share())
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", None], ids=["torch", "best"])
 @on_ranks(4)
 def test_hsdp(backend):
     """Shards within pairs, replicas across: the replicas of a shard hold the same bits."""
@@ -83,7 +73,7 @@ def test_hsdp(backend):
     model, twin = sharded(small_model(), mesh=mesh), small_model()
     optimizer, expected = (XAdamW(each.parameters(), **OPTIONS, backend=backend) for each in (model, twin))
     assert_trains_alike(model, optimizer, twin, expected, share())
-    held = (*model.parameters(), *buffers(optimizer))
+    held = (*model.parameters(), *state_tensors(optimizer))
     replicas = mesh["replicate"].get_group()
     assert_ranks_agree([each.to_local() if isinstance(each, DTensor) else each for each in held], replicas)
 
@@ -100,7 +90,7 @@ def test_master_weights_and_amsgrad_of_shards():
         optimizer.step()
         expected.step()
     assert all(map(torch.equal, map(whole, model.parameters()), twin.parameters()))
-    assert all(map(torch.equal, map(whole, buffers(optimizer)), buffers(expected)))
+    assert all(map(torch.equal, map(whole, state_tensors(optimizer)), state_tensors(expected)))
 
 
 @on_ranks(2)
@@ -138,8 +128,8 @@ def test_fsdp_clips_gradients_to_the_norm_of_one_process():
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
 
 
-@every_optimizer
 @on_ranks(2)
+@with_every_optimizer
 def test_tensor_parallel_trains_as_one_process(case):
     """The last bias is replicated: it must be the same bits on every rank."""
     model, twin = parallelize_module(small_model(hidden=8), init_device_mesh("cpu", (2,)), PLAN), small_model(hidden=8)
@@ -157,7 +147,7 @@ def test_tensor_parallel_and_fsdp_together():
     assert_trains_alike(model, optimizer, twin, expected, slice(data.get_local_rank(), None, data.size()))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", None], ids=["torch", "best"])
 @on_ranks(2)
 def test_gradients_that_are_sums_still_to_do(backend):
     """Sequence parallelism leaves each rank its part of a norm's gradient; the weights are the same on all ranks."""

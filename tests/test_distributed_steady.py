@@ -1,17 +1,18 @@
 """What a steady step on sharded parameters costs: no DTensor operation, and no memory that stays.
 
-Also what happens when somebody replaces or moves what it was built from: the right result, or a warning that says what
-to do.
+Also what happens when somebody replaces, moves or writes to what it was built from, or swaps between forward and
+backward: the right result, or a warning or error that says what to do.
 """
 
 import gc
 import resource
 import sys
+from itertools import product
 
 import pytest
 import torch
-from cases import every_optimizer, loss_of, small_model, train_step
-from ranks import on_ranks, share, whole
+from cases import loss_of, small_model, train_step
+from ranks import on_ranks, share, whole, with_every_optimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -42,11 +43,17 @@ def sharded(model):
     return model
 
 
-@every_optimizer
+def tensor_parallel(model):
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+
+
 @on_ranks(2)
+@with_every_optimizer
 def test_a_steady_step_dispatches_no_dtensor_operation(case):
     operations = DTensorOperations()
-    for options in ({"backend": "torch", "master_weights": True}, {"backend": "cpu"}):
+    for options in ({"backend": "torch", "master_weights": True}, {}):
         model = sharded(small_model())
         optimizer = case.make(model.parameters(), **OPTIONS, **options)
         train_step(model, optimizer, 0, share())
@@ -125,9 +132,7 @@ def test_sharding_the_model_in_mid_training_is_not_silent():
 @on_ranks(2)
 def test_other_memory_under_the_shards_in_mid_training():
     """model.to() puts other memory, of another dtype, under a DTensor."""
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    model, twin = small_model(hidden=8), small_model(hidden=8)
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    model, twin = tensor_parallel(small_model(hidden=8)), small_model(hidden=8)
     optimizer, expected = (XAdamW(each.parameters(), **OPTIONS) for each in (model, twin))
     dtypes = {2: torch.float32, 4: torch.float64}
     for step in range(6):
@@ -139,3 +144,51 @@ def test_other_memory_under_the_shards_in_mid_training():
         for param, other in zip(model.parameters(), twin.parameters(), strict=True):
             assert param.dtype == other.dtype
             torch.testing.assert_close(whole(param), other.detach())
+
+
+def clip_shards(model):
+    with torch.no_grad():
+        for param in model.parameters():
+            param.to_local().clamp_(-0.1, 0.1)
+
+
+def clip(model):
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-0.1, 0.1)
+
+
+def load(model):
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+
+
+@on_ranks(2)
+def test_writes_to_shards_that_hold_theta_hat_are_not_silent():
+    """And count as what they are where the parameters hold theta, also beside master weights."""
+    for wrap, write, master_weights in product((sharded, tensor_parallel), (load, clip, clip_shards), (False, True)):
+        model = wrap(small_model(hidden=8))
+        optimizer = XAdamW(model.parameters(), **OPTIONS, master_weights=master_weights)
+        for step in range(3):
+            train_step(model, optimizer, step, share() if wrap is sharded else slice(None))
+        with optimizer.true_weights():
+            write(model)
+            written = [whole(param) for param in model.parameters()]
+        with optimizer.true_weights():
+            for param, value in zip(model.parameters(), written, strict=True):
+                torch.testing.assert_close(whole(param), value, rtol=0, atol=1e-15)
+        write(model)
+        with pytest.warns(UserWarning, match="4 parameters were written to while they held predicted weights"):
+            optimizer.eval()
+
+
+@on_ranks(2)
+def test_a_swap_between_forward_and_backward_raises_in_autograd():
+    """As far as autograd holds the parameters: FSDP gathers them anew for backward, which nobody can notice."""
+    for backend in ("torch", None):
+        model = tensor_parallel(small_model(hidden=8))
+        optimizer = XAdamW(model.parameters(), **OPTIONS, backend=backend)
+        train_step(model, optimizer, 0)
+        loss = loss_of(model, 1)
+        optimizer.eval()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

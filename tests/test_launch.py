@@ -178,3 +178,20 @@ def test_blocks_cover_every_element_once_whatever_the_strides(shape, size):
             for part in block.values():
                 part.add_(1)
         assert all((tensor == 1).all() for tensor in tensors.values())
+
+
+@every_optimizer
+def test_a_tensor_that_is_replaced_by_its_equal_is_noticed(case):
+    """Launches are compared by identity: an equal tensor is other memory."""
+    (param,) = params_of(())
+    optimizer = case.make([param])
+    for key in optimizer.rule.state_keys + optimizer.rule.number_keys:
+        for _ in range(2):
+            set_gradients([param])
+            optimizer.step()
+        builds, step = optimizer._cache.builds, optimizer.state[param]["step"].item()
+        optimizer.state[param][key] = optimizer.state[param][key].clone()
+        set_gradients([param])
+        optimizer.step()
+        assert optimizer._cache.builds == builds + 1, key
+        assert optimizer.state[param]["step"].item() == step + 1

@@ -3,7 +3,9 @@
 Gradients, state, parameters and their storages are replaced between steps, as trainers do.
 """
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -201,3 +203,76 @@ def test_why_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backend_native.unavailable() == REASON
+
+
+@needs_library
+def test_master_weights_are_trusted_only_while_nobody_can_have_written_to_the_parameter():
+    """A trusted launch does not read the parameter: 28 bytes instead of 30 for each bfloat16 element."""
+    param = torch.nn.Parameter(torch.randn(40, dtype=torch.bfloat16))
+    optimizer = XAdamW([param], backend="cpu", master_weights=True, lr=0.1)
+
+    def trusts_after(change) -> bool:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            change()
+            param.grad = torch.randn_like(param)
+            optimizer.step()
+        return optimizer._cache.launches[0].trusts_master
+
+    assert not trusts_after(lambda: None), "the first step reads what the parameter holds"
+    assert trusts_after(lambda: None)
+    for change in (
+        lambda: param.clamp_(-0.1, 0.1),
+        optimizer.eval,
+        lambda: setattr(param, "data", param.data.clone()),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ):
+        assert not trusts_after(change)
+        assert trusts_after(lambda: None)
+
+
+@needs_library
+def test_library_names_no_binding_that_is_not_there():
+    addresses = torch.zeros(1, 6, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="there is no binding"):
+        torch.ops.xgrad_optim.read_addresses(1 << 40, [], 0, 1, addresses)
+    param = torch.nn.Parameter(torch.ones(3))
+    name = torch.ops.xgrad_optim.bind_tensors([param], [0], [torch.float32], torch.tensor([3]))
+    for first, count in ((0, 2), (-1, 1), (1, 1)):
+        with pytest.raises(RuntimeError, match="are not all among the 1"):
+            torch.ops.xgrad_optim.read_addresses(name, [], first, count, addresses)
+    assert torch.ops.xgrad_optim.read_addresses(name, [], 0, 1, addresses) == 0
+    assert addresses[0, 0] == param.data_ptr()
+    torch.ops.xgrad_optim.release_tensors(name)
+    with pytest.raises(RuntimeError, match="there is no binding"):
+        torch.ops.xgrad_optim.read_addresses(name, [], 0, 1, addresses)
+
+
+@needs_library
+def test_a_bound_tensor_is_freed_with_its_optimizer():
+    param = torch.nn.Parameter(torch.ones(1000))
+    param.grad = torch.ones(1000)
+    optimizer = XAdamW([param], backend="cpu")
+    optimizer.step()
+    state = weakref.ref(optimizer.state[param]["exp_avg"])
+    storage = weakref.ref(optimizer.state[param]["exp_avg"].untyped_storage())
+    del optimizer
+    gc.collect()
+    assert state() is None and storage() is None
+
+
+@needs_library
+def test_tensors_can_be_exchanged_where_modules_convert_by_exchanging_them():
+    """torch.utils.swap_tensors wants no reference but its own: nothing may stay bound between steps then."""
+    twins = _warm()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        twins.step([torch.randn(5000)])
+        for (param,) in twins.params.values():
+            param.grad = None
+            torch.utils.swap_tensors(param, torch.nn.Parameter(param.detach() + 1))
+        for name in twins.params:
+            twins.params[name][0].grad = torch.ones(5000)
+        twins.do(lambda optimizer: optimizer.step())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

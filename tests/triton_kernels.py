@@ -29,8 +29,8 @@ def compile_kernel(architecture: int, constants: dict[str, Any]) -> Any:
     types = {**_POINTERS, "rows_ptr": rows, "chunk_size": "i32"}
     signature = {name: types.get(name, "constexpr") for name in KERNEL.arg_names}
     source = ASTSource(fn=KERNEL, signature=signature, constexprs=constants)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options=multi_tensor.nvidia_options(constants))
+    options = multi_tensor.nvidia_options(constants)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 @functools.cache

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from xgrad_optim.docs import ADAM_ARGS_DOC, COMMON_DOC
 from xgrad_optim.numeric import Number, sqrt, square_root
-from xgrad_optim.optimizer import ADAM_ARGS_DOC, COMMON_DOC, XGradOptimizer
+from xgrad_optim.optimizer import XGradOptimizer
 from xgrad_optim.rule import Blocks, Hyper, Options, Rule
 
 

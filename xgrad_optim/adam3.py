@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from xgrad_optim.adam import adam_coefficients
+from xgrad_optim.docs import ADAM_ARGS_DOC, COMMON_DOC, DECOUPLED_DOC
 from xgrad_optim.numeric import sqrt
-from xgrad_optim.optimizer import ADAM_ARGS_DOC, COMMON_DOC, DECOUPLED_DOC, XGradOptimizer
+from xgrad_optim.optimizer import XGradOptimizer
 from xgrad_optim.rule import Blocks, Hyper, Rule
 
 

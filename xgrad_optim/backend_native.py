@@ -124,8 +124,7 @@ class _Binding:
 def prepare(launch: Launch) -> bool:
     """Read every address, dtype, size and stride again: tensors may have been moved, replaced or resized."""
     try:
-        if launch.bound is None or torch.__future__.get_swap_module_params_on_conversion():
-            launch.bound = _Binding(launch)
+        launch.bound = launch.bound or _Binding(launch)
         if not launch.bound.is_current():
             return False
         n_refused = launch.bound.read(launch.grads, launch.tables.addresses)
@@ -163,6 +162,8 @@ def run(launch: Launch) -> bool:
     if n_refused:
         refused = torch.nonzero(tables.addresses[:, 0] == 0).flatten().tolist()
         backend_torch.run(launch.part(refused))
+    if torch.__future__.get_swap_module_params_on_conversion():
+        launch.bound = None
     return n_refused == 0
 
 

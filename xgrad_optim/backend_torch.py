@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import as_real, blocks, local
+from xgrad_optim.layout import DTensor, as_real, blocks, local
 from xgrad_optim.rule import Hyper, Rule
 
 BLOCK_BYTES = 1 << 21
@@ -37,6 +38,9 @@ def run(launch: Launch) -> bool:
     for block, row in _all_blocks(launch):
         if not hypers[row].is_skipped:
             _run_block(launch.rule, block, hypers[row], scratch)
+    # The shards' own counters have moved, autograd looks at those of the DTensors.
+    pairs = zip(launch.params, launch.row_of, strict=True)
+    increment_version([param for param, row in pairs if isinstance(param, DTensor) and not hypers[row].is_skipped])
     return False
 
 

@@ -13,9 +13,6 @@ from pathlib import Path
 
 from xgrad_optim import build_native
 
-RULES = ("Sgdm", "Adam", "AdaBelief", "AdaM3")
-"""The structs of csrc/rules.h; multi_tensor_cuda.cu is compiled once for each."""
-
 COMMON_ARCHITECTURES = (80, 90, 100)
 """A100, H100 and B200: what a library is made for ahead of time, unless $TORCH_CUDA_ARCH_LIST says otherwise."""
 
@@ -54,13 +51,19 @@ def build(directory: Path | str, architectures: Sequence[int]) -> Path:
     bindings, kernels = sources()
     abi = (f"-DTORCH_TARGET_VERSION={build_native.TARGET_VERSION}", f"-I{torch / 'include'}")
     objects = {"bindings.o": [*nvcc, *_FLAGS, *abi, "-c", str(bindings), "-o", "bindings.o"]}
-    for rule in RULES:
+    for rule in rules().values():
         rule_flags = (f"-DXGRAD_RULE={rule}", *_code_flags(architectures))
         objects[f"{rule}.o"] = [*nvcc, *_FLAGS, *rule_flags, "-c", str(kernels), "-o", f"{rule}.o"]
     name = "-".join((_stem(), *map(str, sorted(architectures)))) + ".so"
     # The static runtime asks for no CUDA library at load time, and can't be another one than it was compiled with.
     link = [*nvcc, "-shared", "-cudart=static", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", name]
     return build_native.make(Path(directory) / name, objects, link)
+
+
+def rules() -> dict[str, str]:
+    """The structs in the list of csrc/rules.h by name; multi_tensor_cuda.cu is compiled once for each."""
+    text = (build_native.source_directory() / "rules.h").read_text(encoding="utf-8")
+    return {name: struct for struct, name in re.findall(r'X\((\w+), "(\w+)"\)', text)}
 
 
 def sources() -> list[Path]:

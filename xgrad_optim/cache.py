@@ -57,7 +57,8 @@ class StepCache:
         self.launches: list[Launch] = []
         self.is_sharded = False
         self._groups: list[Options] = []
-        self._objects: tuple[list[Any], ...] = ()
+        self._params: list[Tensor] = []
+        self._state: tuple[list[Any], list[Any]] = ([], [])
         self._divided_by: list[object] = []
 
     def keep(
@@ -67,19 +68,21 @@ class StepCache:
         self.launches, self.builds = launches, self.builds + 1
         self.is_sharded = any(isinstance(param, DTensor) for param in active.params)
         self._groups, self._divided_by = list(groups), _switches(groups, active)
-        self._objects = (active.params, list(state), [dict(values) for values in state.values()])
+        self._params = active.params
+        self._state = (list(state), [dict(values) for values in state.values()])
 
     def holds(self, groups: list[dict[str, Any]], active: Active, state: Mapping[Tensor, State]) -> bool:
         """Whether the launches were built from these very objects and options."""
-        if self._divided_by != _switches(groups, active) or not all(s.is_untouched for s in self.scalars.values()):
+        if self._divided_by != _switches(groups, active):
             return False
         if len(self._groups) != len(groups) or not all(map(is_, self._groups, groups)):
             return False
-        try:
-            with _NoTensorEqualsAnother():
-                return self._objects == (active.params, list(state), list(state.values()))
-        except (TypeError, ValueError, RuntimeError):  # a foreign object in the state that was replaced
-            return False
+        return _are_same(self._params, active.params) and self.holds_state(state)
+
+    def holds_state(self, state: Mapping[Tensor, State]) -> bool:
+        """Whether the state is made of the very objects of the last step, and its numbers are ours."""
+        is_untouched = all(scalars.is_untouched for scalars in self.scalars.values())
+        return is_untouched and _are_same(self._state, (list(state), list(state.values())))
 
     @property
     def are_all_predicted(self) -> bool:
@@ -89,6 +92,15 @@ class StepCache:
     def prepare(self, grads: list[Tensor]) -> bool:
         """Hand the launches a step's gradients; False where a tensor is no longer what its launch was built for."""
         return all(launch.prepare(grads) for launch in self.launches)
+
+
+def _are_same(kept: object, present: object) -> bool:
+    """Whether two nests of containers hold the same objects."""
+    try:
+        with _NoTensorEqualsAnother():
+            return kept == present
+    except (TypeError, ValueError, RuntimeError):  # a foreign object that was replaced
+        return False
 
 
 def _switches(groups: list[dict[str, Any]], active: Active) -> list[object]:

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -41,12 +41,8 @@ class Switch:
         self.attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
     def turn(self, position: bool | None) -> None:
-        """Note what the parameters now hold."""
+        """Note what the parameters now hold; None where the state has been replaced, or only a device knows."""
         self.position = position
-
-    def forget(self) -> None:
-        """The state has been replaced: nothing is known until somebody looks at it."""
-        self.position = None
 
     def drop_copies(self) -> None:
         """Parameters have changed outside of a step: drop the copies of them that torch keeps for the next forward."""
@@ -205,6 +201,17 @@ class Attachment:
         for module in () if model is None else model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+                for gathered in _gathered(module):
+                    # FSDP hides its own writes from autograd: a backward that is still to come would not notice.
+                    torch.autograd.graph.increment_version(gathered)
+
+
+def _gathered(module: Any) -> list[Tensor]:
+    """The tensors into which FSDP gathers this module's parameters, as far as it has made them."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch < 2.13 has one
+    params = [param for group in groups if group is not None for param in group.fsdp_params]
+    return [param._unsharded_param for param in params if hasattr(param, "_unsharded_param")]
 
 
 def attach(optimizer: "XGradOptimizer", model: Module) -> Attachment:

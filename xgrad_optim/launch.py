@@ -111,8 +111,7 @@ class Launch:
         self._members = consecutive(columns)
         self._rows = make_rows(rule, options, columns, self._scalars)
         self.row_of = self._rows.row_of
-        # A DTensor's version counter is not that of the shard that is written.
-        self._has_no_version = [i for i, param in enumerate(self.params) if isinstance(param, DTensor)]
+        self._sharded = [i for i, param in enumerate(self.params) if isinstance(param, DTensor)]
         self._bumps: numpy.ndarray | None = None
         self._has_run = False
         self.rows = torch.empty(0)
@@ -189,9 +188,10 @@ class Launch:
         self._scalars.note_writes(self._members, versions)
 
     def _read_versions(self) -> numpy.ndarray:
-        """The parameters' version counters, -1 where these do not tell of every write."""
+        """The parameters' version counters. A DTensor and its shard have one each, and a write may move either."""
         versions = numpy.fromiter(map(_version, self.params), numpy.int64, len(self.params))
-        versions[self._has_no_version] = -1
+        for i in self._sharded:
+            versions[i] += local(self.params[i])._version
         return versions
 
 

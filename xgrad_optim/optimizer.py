@@ -26,41 +26,6 @@ from xgrad_optim.state import (
     warn_of_replaced,
 )
 
-COMMON_DOC = """\
-        prediction_steps (float): how many steps ahead the weights are predicted, >= 0; 0 is the base optimizer.
-            A param-group option: a scheduler may change it, and groups may differ.
-        master_weights (bool): keep theta in float32 (float64 for float64 parameters) in ``state``, and the other
-            state likewise: mixed precision for bfloat16 and float16 parameters.
-        backend (str, optional): "triton", "cuda", "cpu", "torch", or None for the best that can run.
-        maximize (bool): ascend instead of descend.
-        foreach (bool, optional): True means ``backend="torch"``.
-        capturable (bool): for CUDA graphs; needs parameters on a GPU.
-        differentiable (bool): must be False.
-        fused (bool, optional): True demands a native back end, False means ``backend="torch"``.
-
-    Parameters are float64, float32, bfloat16, float16, complex128 or complex64, of any shape and strides. After
-    :meth:`step` they hold theta_hat; :meth:`eval` puts theta into them, :meth:`train` theta_hat back.
-
-    Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: a value out of its range.
-        RuntimeError: options that exclude each other, or a demanded back end that this machine lacks.
-        NotImplementedError: ``differentiable=True``.
-"""
-
-ADAM_ARGS_DOC = """
-    Args:
-        params: parameters, named parameters or param groups, as every torch optimizer takes them.
-        lr (float or 1-element Tensor): learning rate, >= 0.
-        betas (pair of floats): decay rates of exp_avg and exp_avg_sq, each in [0, 1).
-        eps (float): {eps}.
-        weight_decay (float): {weight_decay}.
-        amsgrad (bool): use the running maximum of exp_avg_sq."""
-
-DECOUPLED_DOC = """\
-        decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient."""
-
-
 _UNSTEADY = (
     "parameters, gradients or state have other memory at every look, so that no step can be prepared: nothing was "
     "changed. Is another thread replacing them, or a tensor subclass making them anew?"
@@ -93,7 +58,7 @@ class XGradOptimizer(Optimizer):
             group.update(self._fixed())
         # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
         self.__dict__.setdefault("_cache", StepCache()).clear()
-        self.__dict__.setdefault("_switch", hooks.Switch()).forget()
+        self.__dict__.setdefault("_switch", hooks.Switch()).turn(None)
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -149,7 +114,7 @@ class XGradOptimizer(Optimizer):
             group.clear()
             group.update(loaded, **self._fixed())
         self._cache.clear()
-        self._switch.forget()
+        self._switch.turn(None)
         self._switch.is_loaded = True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -169,7 +134,7 @@ class XGradOptimizer(Optimizer):
     @torch._disable_dynamo
     def train(self, mode: bool = True) -> None:
         """Put the predicted weights theta_hat into the parameters; ``train(False)`` is :meth:`eval`. Idempotent."""
-        self._put(predicted=mode)
+        self._put(predicted=bool(mode))
 
     @contextmanager
     def true_weights(self) -> Iterator[None]:
@@ -219,15 +184,18 @@ class XGradOptimizer(Optimizer):
         return hooks.attach(self, model)
 
     def _put(self, predicted: bool) -> None:
-        if self.predicted is not predicted:
+        # Trainers call train() before every batch.
+        if self._switch.position is predicted and self._cache.holds_state(self.state):
+            return
+        if not predicted:
             self._check_loaded()
         self._swap(to_predicted=predicted)
 
     def _check_loaded(self) -> None:
-        """Look once at what the parameters hold, when the state that was loaded is first used with them."""
-        if self._switch.is_loaded:
-            self._switch.is_loaded = False
+        """Look once at what the parameters hold, when a state that calls it theta_hat is first used with them."""
+        if self._switch.is_loaded and self.predicted:
             pairing.warn_of_mismatch(self)
+        self._switch.is_loaded = False
 
     def _tracked(self) -> list[Tracked]:
         """The parameters that have taken a step, with their state and options."""

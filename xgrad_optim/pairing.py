@@ -1,4 +1,4 @@
-"""Whether the weights in a model and the optimizer state that was loaded are of one moment and one mode."""
+"""Whether the weights in a model are the predicted ones that a loaded optimizer state says they are."""
 
 import warnings
 from collections import defaultdict
@@ -19,37 +19,36 @@ SAMPLE = 1 << 12
 @torch.inference_mode(False)
 @torch.no_grad()
 def warn_of_mismatch(optimizer: "XGradOptimizer") -> None:
-    """Say so where the parameters hold other weights than those that the state was saved with.
+    """Say so where the parameters do not hold the predicted weights that the state was saved with.
 
-    Going to the other weights and back returns every bit of those. Of any others it changes the ones whose sums round
-    differently on the way back, a few in a hundred or thousand: enough to tell, but for the tiniest of models. One pair
-    passes unseen, theta under a state that calls it predicted by one step: theta is what the theta before predicted.
+    Going to theta and back returns every bit of those. Of any others it changes the ones whose sums round differently
+    on the way back, a few in a hundred or thousand: enough to tell, but for the tiniest of models. One pair passes
+    unseen, theta itself one step ahead: it is what the theta before it predicted. A state that calls the weights the
+    true ones says nothing: they may have been loaded or clipped since.
     """
     sample = _sample(optimizer)
     held = _held(sample)
-    for mode in (not optimizer.predicted, optimizer.predicted):
-        sample.train(mode)
+    sample.eval()
+    sample.train()
     if not all(map(torch.equal, held, _held(sample))):
-        kind = "predicted" if optimizer.predicted else "true"
         warnings.warn(
-            "the parameters do not hold the weights that the loaded optimizer state was saved with, which it calls the "
-            f"{kind} ones: the model's file is of another mode or moment. Save both in one mode, as an attached "
-            "optimizer and its model are, and load both before they are used, the model first. Weights that were "
-            f"changed on purpose in between are taken for the {kind} ones",
+            "the parameters do not hold the predicted weights that the loaded optimizer state was saved with: the "
+            "model's file is of another mode or moment. Save both in one mode, as an attached optimizer and its model "
+            "are, and load both before they are used, the model first",
             stacklevel=4,
         )
 
 
 def _sample(optimizer: "XGradOptimizer") -> "XGradOptimizer":
-    """A copy of the optimizer for the first elements of each parameter whose two weights differ."""
-    rule, predicted = optimizer.rule, optimizer.predicted
+    """A copy of the optimizer for the first elements of each parameter that holds predicted weights."""
+    rule = optimizer.rule
     sampled: defaultdict[Tensor, Any] = defaultdict(dict)
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         groups.append({**group, "params": []})
         for param in group["params"]:
             state = optimizer.state.get(param, {})
-            if float(state.get("prediction_shift", 0.0)) != 0.0 and bool(state["predicted"]) is predicted:
+            if bool(state.get("predicted", False)):
                 piece = _first_elements(param)
                 groups[-1]["params"].append(piece)
                 sampled[piece] = {key: _first_elements(state[key]) for key in rule.buffer_keys if key in state}

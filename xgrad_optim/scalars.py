@@ -113,7 +113,8 @@ class Scalars(ABC):
         is_same = known == versions
         if is_same.all():
             return bool((known >= 0).all())
-        n_written = numpy.count_nonzero(~is_same & (known >= 0) & self.are_shifted(members))
+        # A counter that fell is that of other memory: a conversion has put it there.
+        n_written = numpy.count_nonzero((versions > known) & (known >= 0) & self.are_shifted(members))
         if n_written:
             warnings.warn(
                 f"{n_written} parameters were written to while they held predicted weights (by load_state_dict, copy_, "

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from xgrad_optim.docs import COMMON_DOC
 from xgrad_optim.numeric import Number
-from xgrad_optim.optimizer import COMMON_DOC, XGradOptimizer
+from xgrad_optim.optimizer import XGradOptimizer
 from xgrad_optim.rule import Blocks, Hyper, Options, Rule
 
 

@@ -14,10 +14,11 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
   return cudaSuccess;
 }
 
-extern "C" const char* run_emulated(const Launch* launch, int64_t n_chunks, int rule, int param_dtype, int state_dtype,
-                                    const Buffers* buffers) {
-  return xgrad::with_rule(static_cast<xgrad::RuleId>(rule), [&](auto rule) {
-    return xgrad::run_on_device<decltype(rule)>(*launch, n_chunks, static_cast<xgrad::Dtype>(param_dtype),
-                                                static_cast<xgrad::Dtype>(state_dtype), *buffers, nullptr);
-  });
+extern "C" const char* run_emulated(const Launch* launch, int64_t n_chunks, const char* rule, int param_dtype,
+                                    int state_dtype, const Buffers* buffers) {
+  const auto run = [&](auto found) {
+    return xgrad::run_on_device<decltype(found)>(*launch, n_chunks, static_cast<xgrad::Dtype>(param_dtype),
+                                                 static_cast<xgrad::Dtype>(state_dtype), *buffers, nullptr);
+  };
+  return xgrad::with_rule(rule, run, [] { return "no such rule"; });
 }
