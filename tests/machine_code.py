@@ -62,10 +62,10 @@ class MachineCode:
         return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.instructions)
 
     @property
-    def main_loop(self) -> tuple[Instruction, ...]:
-        """The shortest loop that moves the most memory: from the target of a backward branch to the branch.
+    def loops(self) -> list[tuple[Instruction, ...]]:
+        """From the target of each backward branch to the branch.
 
-        Divisions and roots leave it for their rare cases; those subroutines are not part of it.
+        Divisions and roots leave a loop for their rare cases; those subroutines are not part of it.
         """
         loops = []
         for end, branch in enumerate(self.instructions):
@@ -73,7 +73,12 @@ class MachineCode:
             if branch.opcode.split(".")[0] == "BRA" and target and int(target[1], 16) < branch.address:
                 start = next(k for k, i in enumerate(self.instructions) if i.address >= int(target[1], 16))
                 loops.append(self.instructions[start : end + 1])
-        return max(loops, key=lambda loop: (sum(i.width or 0 for i in loop), -len(loop)), default=())
+        return loops
+
+    @property
+    def main_loop(self) -> tuple[Instruction, ...]:
+        """The shortest loop that moves the most memory."""
+        return max(self.loops, key=lambda loop: (sum(i.width or 0 for i in loop), -len(loop)), default=())
 
     def widths(self, kind: str, instructions: tuple[Instruction, ...] | None = None) -> Counter[int]:
         """How many accesses of each width there are; `kind` is "LD" or "ST"."""

@@ -55,13 +55,15 @@ def test_every_variant(rule, architecture, has_grad, tmp_path):
 
 
 def check_instructions(cubin, variant) -> None:
-    """The main path reads and writes each buffer once, as wide as it can, in global memory; it may be unrolled."""
+    """A loop reads and writes each buffer once, as wide as it can, in global memory; the compiler may unroll it."""
     (code,) = kernels_of(cubin).values()
     assert code.local_accesses == code.generic_accesses == 0
-    loads, stores = code.widths("LD", code.main_loop), code.widths("ST", code.main_loop)
-    expected_loads, expected_stores = expected_widths(variant)
-    n_rounds = loads.total() // expected_loads.total()
-    assert loads == Counter({width: count * n_rounds for width, count in expected_loads.items()}), variant
-    assert stores == Counter({width: count * n_rounds for width, count in expected_stores.items()}), variant
+    expected = expected_widths(variant)
+    found = [(code.widths("LD", loop), code.widths("ST", loop)) for loop in code.loops]
+    assert any(multiply(expected, rounds) in found for rounds in (1, 2, 4, 8)), (variant, found)
     if variant["N_DIRECTION"] == 0:  # divisions and roots are made of exact multiply-adds
         assert not any(instruction.opcode in ("FFMA", "DFMA") for instruction in code.instructions)
+
+
+def multiply(counters: tuple[Counter[int], ...], rounds: int) -> tuple[Counter[int], ...]:
+    return tuple(Counter({width: rounds * count for width, count in counter.items()}) for counter in counters)

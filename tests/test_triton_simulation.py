@@ -97,6 +97,15 @@ def test_special_numbers(case, dtype):
     assert finite.params["triton"][0].isnan().nonzero().tolist() == [[33]]
 
 
+def test_a_nan_stays_in_the_running_maximum():
+    twins = triton_twins(XAdam, [torch.randn(600)], amsgrad=True)
+    twins.step([torch.randn(600)])
+    for optimizer in twins.optimizers.values():
+        for state in optimizer.state.values():
+            state["max_exp_avg_sq"][[3, 599]] = float("nan")
+    twins.step([torch.randn(600)])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number_and_tie_is_converted_as_torch_does(dtype):
     halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -131,21 +140,22 @@ def test_layouts(dtype, monkeypatch):
     assert twins.optimizers["triton"]._cache.launches[0].tables.n_refused == len(gaps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shift", range(1, 8))
-def test_every_misalignment_of_every_buffer(shift):
+def test_every_misalignment_of_every_buffer(shift, dtype):
     """Each slot in turn lies at an odd address; whole blocks would fault there."""
     numel = 1100
     for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
-        twins = triton_twins(XAdam, [torch.randn(numel, dtype=torch.bfloat16)])
-        twins.step([torch.randn(numel, dtype=torch.bfloat16)])
+        twins = triton_twins(XAdam, [torch.randn(numel, dtype=dtype)])
+        twins.step([torch.randn(numel, dtype=dtype)])
         param = twins.params["triton"][0]
         state = twins.optimizers["triton"].state[param]
-        shifted = torch.empty(numel + 8, dtype=torch.bfloat16)[shift : shift + numel]
+        shifted = torch.empty(numel + 8, dtype=dtype)[shift : shift + numel]
         if name == "param":
             param.data = shifted.copy_(param)
         elif name != "grad":
             state[name] = shifted.copy_(state[name])
-        grad = torch.randn(numel, dtype=torch.bfloat16)
+        grad = torch.randn(numel, dtype=dtype)
         for twin in twins.params.values():
             twin[0].grad = shifted.copy_(grad) if name == "grad" else grad.clone()
         twins.do(lambda optimizer: optimizer.step())
