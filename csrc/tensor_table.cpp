@@ -80,39 +80,43 @@ int32_t real_dtype(int32_t dtype) {
   return dtype == kComplex[0] ? kReal[0] : dtype == kComplex[1] ? kReal[1] : dtype;
 }
 
-// How a tensor's elements lie in its memory.
-class Layout {
+// How a tensor's elements lie in its memory: the number of dimensions, the sizes, the strides. Many of them stand one
+// after the other in one vector, which is read in order and has no pointers to follow.
+class Layouts {
  public:
-  explicit Layout(const Handle& handle) {
-    int64_t dim, *sizes, *strides;
-    ask(handle, &dim, &sizes, &strides);
-    sizes_.assign(sizes, sizes + dim);
-    strides_.assign(strides, strides + dim);
+  void add(const Handle& handle) {
+    const auto [dim, sizes, strides] = ask(handle);
+    starts_.push_back(numbers_.size());
+    numbers_.push_back(dim);
+    numbers_.insert(numbers_.end(), sizes, sizes + dim);
+    numbers_.insert(numbers_.end(), strides, strides + dim);
   }
 
   // Whether the tensor has these sizes, and these strides where they matter: equal offsets are equal elements then.
-  bool is_of(const Handle& handle) const {
-    int64_t dim, *sizes, *strides;
-    ask(handle, &dim, &sizes, &strides);
-    if (dim != static_cast<int64_t>(sizes_.size())) return false;
-    for (int64_t i = 0; i < dim; ++i) {
-      if (sizes[i] != sizes_[i] || (strides[i] != strides_[i] && sizes[i] != 1)) return false;
+  bool is_of(int64_t i, const Handle& handle) const {
+    const auto [own_dim, own_sizes, own_strides] = get(i);
+    const auto [dim, sizes, strides] = ask(handle);
+    if (dim != own_dim) return false;
+    for (int64_t d = 0; d < dim; ++d) {
+      if (sizes[d] != own_sizes[d] || (strides[d] != own_strides[d] && sizes[d] != 1)) return false;
     }
     return true;
   }
 
-  int64_t numel() const {
+  int64_t numel(int64_t i) const {
+    const auto [dim, sizes, strides] = get(i);
     int64_t numel = 1;
-    for (int64_t size : sizes_) numel *= size;
+    for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
     return numel;
   }
 
   // Whether the elements fill one range of memory, each once, in whatever order of dimensions.
-  bool is_dense() const {
-    if (numel() == 0) return true;
+  bool is_dense(int64_t i) const {
+    if (numel(i) == 0) return true;
+    const auto [dim, sizes, strides] = get(i);
     std::vector<std::pair<int64_t, int64_t>> steps;
-    for (size_t i = 0; i < sizes_.size(); ++i) {
-      if (sizes_[i] != 1) steps.emplace_back(strides_[i], sizes_[i]);
+    for (int64_t d = 0; d < dim; ++d) {
+      if (sizes[d] != 1) steps.emplace_back(strides[d], sizes[d]);
     }
     std::sort(steps.begin(), steps.end());
     int64_t expected = 1;
@@ -124,28 +128,36 @@ class Layout {
   }
 
  private:
-  static void ask(const Handle& handle, int64_t* dim, int64_t** sizes, int64_t** strides) {
-    demand(aoti_torch_get_dim(handle.get(), dim));
-    demand(aoti_torch_get_sizes(handle.get(), sizes));
-    demand(aoti_torch_get_strides(handle.get(), strides));
+  struct Layout {
+    int64_t dim;
+    const int64_t *sizes, *strides;
+  };
+
+  Layout get(int64_t i) const {
+    const int64_t* numbers = &numbers_[starts_[i]];
+    return {numbers[0], numbers + 1, numbers + 1 + numbers[0]};
   }
 
-  std::vector<int64_t> sizes_, strides_;
+  static Layout ask(const Handle& handle) {
+    int64_t dim, *sizes, *strides;
+    demand(aoti_torch_get_dim(handle.get(), &dim));
+    demand(aoti_torch_get_sizes(handle.get(), &sizes));
+    demand(aoti_torch_get_strides(handle.get(), &strides));
+    return {dim, sizes, strides};
+  }
+
+  std::vector<int64_t> numbers_;
+  std::vector<size_t> starts_;
 };
 
 // A tensor that lives as long as the launch. Only our reference keeps it the same tensor; its memory may be exchanged.
 struct BoundTensor {
   Handle handle;
-  Layout layout;
-  int32_t dtype;
   int64_t address;
+  int32_t dtype;
 
   explicit BoundTensor(Handle tensor)
-      : handle(std::move(tensor)), layout(handle), dtype(handle.dtype()), address(handle.address(true)) {}
-
-  bool is_unchanged() const {
-    return handle.address(true) == address && handle.dtype() == dtype && layout.is_of(handle);
-  }
+      : handle(std::move(tensor)), address(handle.address(true)), dtype(handle.dtype()) {}
 };
 
 class ListOwner {
@@ -179,9 +191,12 @@ class Binding {
                     "bind_tensors: numels must be a contiguous int64 CPU tensor");
     for (int64_t slot : slots) STD_TORCH_CHECK(0 <= slot && slot < kNumSlots, "bind_tensors: no slot ", slot);
     bound_.reserve(tensors.size());
-    for (int64_t i = 0; i < tensors.size(); ++i) bound_.emplace_back(tensors[i]);
     const auto* numel = static_cast<const int64_t*>(numels.const_data_ptr());
-    for (int64_t i = 0; i < n_tensors_; ++i) is_flat_.push_back(is_flat(i, types, numel[i]));
+    for (int64_t i = 0; i < n_tensors_; ++i) {
+      for (size_t s = 0; s < slots.size(); ++s) bound_.emplace_back(tensors[s * n_tensors_ + i]);
+      layouts_.add(at(i, 0).handle);
+      is_flat_.push_back(is_flat(i, types, numel[i]));
+    }
   }
 
   int64_t read(const ListOwner& grads, int64_t first, int64_t count, const Tensor& addresses) const {
@@ -202,50 +217,53 @@ class Binding {
   }
 
  private:
-  const BoundTensor& at(int64_t tensor, size_t slot) const { return bound_[slot * n_tensors_ + tensor]; }
+  const BoundTensor& at(int64_t tensor, size_t slot) const { return bound_[tensor * slots_.size() + slot]; }
 
   bool is_flat(int64_t i, const std::vector<ScalarType>& types, int64_t numel) const {
     const BoundTensor& param = at(i, 0);
-    if (!param.layout.is_dense()) return false;
-    const int64_t n_reals = param.layout.numel() * (real_dtype(param.dtype) == param.dtype ? 1 : 2);
-    if (n_reals != numel) return false;
+    const int64_t n_reals = layouts_.numel(i) * (real_dtype(param.dtype) == param.dtype ? 1 : 2);
+    if (!layouts_.is_dense(i) || n_reals != numel) return false;
     for (size_t s = 0; s < slots_.size(); ++s) {
       const BoundTensor& tensor = at(i, s);
-      if (real_dtype(tensor.dtype) != code(types[s]) || !param.layout.is_of(tensor.handle)) return false;
+      if (real_dtype(tensor.dtype) != code(types[s]) || !layouts_.is_of(i, tensor.handle)) return false;
       if (tensor.handle.device() != param.handle.device()) return false;
       if (numel != 0 && tensor.address == 0) return false;  // a tensor subclass without memory of its own
     }
     return true;
   }
 
+  // A tensor that is not flat is looked at anew by whoever runs it.
   bool is_unchanged(int64_t i) const {
-    for (size_t s = 0; s < slots_.size(); ++s) {
-      if (!at(i, s).is_unchanged()) return false;
+    for (size_t s = 0; is_flat_[i] && s < slots_.size(); ++s) {
+      const auto& [handle, address, dtype] = at(i, s);
+      if (handle.address(true) != address || handle.dtype() != dtype || !layouts_.is_of(i, handle)) return false;
     }
     return true;
   }
 
-  bool read_line(const ListOwner& grads, int64_t index_of_grad, int64_t tensor, int64_t* line) const {
+  bool read_line(const ListOwner& grads, int64_t index_of_grad, int64_t i, int64_t* line) const {
     std::fill_n(line, static_cast<int>(kNumSlots), 0);
-    if (!is_flat_[tensor]) return false;
-    if (grads.size() > 0 && !read_gradient(grads[index_of_grad], at(tensor, 0), line)) return false;
-    for (size_t s = 0; s < slots_.size(); ++s) line[slots_[s]] = at(tensor, s).address;
+    if (!is_flat_[i]) return false;
+    if (grads.size() > 0 && !read_gradient(grads[index_of_grad], i, line)) return false;
+    for (size_t s = 0; s < slots_.size(); ++s) line[slots_[s]] = at(i, s).address;
     return true;
   }
 
-  static bool read_gradient(const Handle& grad, const BoundTensor& param, int64_t* line) {
-    if (grad.dtype() != param.dtype || !param.layout.is_of(grad) || grad.device() != param.handle.device()) {
+  bool read_gradient(const Handle& grad, int64_t i, int64_t* line) const {
+    const BoundTensor& param = at(i, 0);
+    if (grad.dtype() != param.dtype || !layouts_.is_of(i, grad) || grad.device() != param.handle.device()) {
       return false;
     }
     const int64_t address = grad.address(false);
-    if (address == 0 && param.layout.numel() != 0) return false;
+    if (address == 0 && layouts_.numel(i) != 0) return false;
     line[kGrad] = address;
     return true;
   }
 
   std::vector<int64_t> slots_;
   int64_t n_tensors_;
-  std::vector<BoundTensor> bound_;  // all parameters, then all tensors of the next slot
+  std::vector<BoundTensor> bound_;  // a parameter and its buffers by slot, then the next parameter
+  Layouts layouts_;                 // of the parameters
   std::vector<char> is_flat_;
 };
 
