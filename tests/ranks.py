@@ -104,6 +104,7 @@ def _member(name: tuple[str, str], place: tuple[Path, int, int], arguments: dict
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+        os._exit(0)  # nothing is left to do but to free, and torch's gloo can hang in that
     except BaseException:
         (folder / f"{rank}.txt").write_text(f"rank {rank} of {world_size}: {traceback.format_exc()}")
         os._exit(1)

@@ -29,6 +29,8 @@ def _scripts() -> dict[str, str]:
 
 
 SCRIPTS = _scripts()
+NAMESPACE = {"__name__": "__main__"}
+"""What a page defines lives as long as its process: a DDP model that is freed after its group can hang in gloo."""
 
 
 def test_every_page_has_a_script():
@@ -45,7 +47,7 @@ def run_page(title: str, folder: Path) -> None:
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
     dist.destroy_process_group()
     os.chdir(folder)
-    exec(compile(SCRIPTS[title], f"{title} in README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(SCRIPTS[title], f"{title} in README.md", "exec"), NAMESPACE)
 
 
 @pytest.mark.parametrize("title", sorted(SCRIPTS.keys() - CLIENTS))
