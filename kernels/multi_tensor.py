@@ -190,7 +190,7 @@ def unavailable() -> str | None:
 
 
 def why_not(launch: Launch) -> str | None:
-    return backend_device.why_not(launch, ("cpu",) if _runs_on_cpu() else DEVICES)
+    return launch.why_no_kernel(("cpu",) if _runs_on_cpu() else DEVICES)
 
 
 prepare = backend_device.prepare

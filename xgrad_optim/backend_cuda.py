@@ -42,7 +42,7 @@ def _load() -> str | None:
 
 
 def why_not(launch: Launch) -> str | None:
-    return backend_device.why_not(launch, (DEVICE,))
+    return launch.why_no_kernel((DEVICE,))
 
 
 prepare = backend_device.prepare

@@ -1,26 +1,12 @@
 """What a GPU back end does around its kernel, whoever compiled it."""
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable
 
 from torch.autograd.graph import increment_version
 
 from xgrad_optim import backend_torch
 from xgrad_optim.device_tables import Uploaded, guard, refused, tables_of
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import local, owns_memory
-
-
-def why_not(launch: Launch, device_types: Sequence[str]) -> str | None:
-    """Why a kernel that runs on such devices can't run this Launch; None where it can."""
-    if launch.device.type not in device_types:
-        return f"parameters are on {launch.device}, it runs on {' and '.join(device_types)}"
-    if launch.state_dtype not in (launch.dtype, launch.compute_dtype):
-        return f"it does not combine parameters of {launch.dtype} with state of {launch.state_dtype}"
-    for tensor in chain(launch.params, *launch.state.values()):
-        if not owns_memory(local(tensor)):
-            return f"a {type(tensor).__name__} has no memory of its own"
-    return None
 
 
 def prepare(launch: Launch) -> bool:

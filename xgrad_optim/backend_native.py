@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from xgrad_optim import backend_torch, build_native
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import PLAIN_CLASSES, local, owns_memory, plain
+from xgrad_optim.layout import PLAIN_CLASSES, local
 
 ISA = os.environ.get("XGRAD_CPU_ISA", "")
 """The instruction set to use, "avx512", "avx2" or "baseline"; empty for the best one. It changes no bit."""
@@ -70,14 +70,7 @@ def _register_fakes() -> None:
 
 
 def why_not(launch: Launch) -> str | None:
-    if launch.device.type != "cpu":
-        return f"parameters are on {launch.device}, it runs on cpu"
-    if launch.state_dtype not in (launch.dtype, launch.compute_dtype):
-        return f"it does not combine parameters of {launch.dtype} with state of {launch.state_dtype}"
-    for tensor in chain(launch.params, *launch.state.values()):
-        if not owns_memory(plain(tensor)):
-            return f"a {type(tensor).__name__} has no memory of its own"
-    return None
+    return launch.why_no_kernel(("cpu",))
 
 
 class _Binding:

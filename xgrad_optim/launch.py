@@ -1,6 +1,7 @@
 """The description of one multi-tensor launch that every back end consumes, and how a step is divided into them."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xgrad_optim import backends
-from xgrad_optim.layout import DTensor, local, plain
+from xgrad_optim.layout import DTensor, local, owns_memory, plain
 from xgrad_optim.numeric import COMPUTE_DTYPES, real_dtype
 from xgrad_optim.rows import Scaling, consecutive, make_rows
 from xgrad_optim.rule import Options, Rule
@@ -135,6 +136,17 @@ class Launch:
                 if tensor.dtype != dtype or tensor.device != self.device or tensor.shape != param.shape:
                     return False
         return self.grads is None or all(map(matches, self.params, self.grads))
+
+    def why_no_kernel(self, device_types: Sequence[str]) -> str | None:
+        """Why a kernel over addresses, on devices of these types, can't run this launch; None where it can."""
+        if self.device.type not in device_types:
+            return f"parameters are on {self.device}, it runs on {' and '.join(device_types)}"
+        if self.state_dtype not in (self.dtype, self.compute_dtype):
+            return f"it does not combine parameters of {self.dtype} with state of {self.state_dtype}"
+        for tensor in chain(self.params, *self.state.values()):
+            if not owns_memory(local(tensor)):
+                return f"a {type(tensor).__name__} has no memory of its own"
+        return None
 
     def refresh(self, scaling: Scaling) -> None:
         """Compute the rows from the groups' present hyperparameters."""

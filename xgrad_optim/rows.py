@@ -88,10 +88,9 @@ class DeviceRows:
     def __init__(self, rule: Rule, options: Sequence[Options], columns: list[int], scalars: DeviceScalars) -> None:
         self._rule, self._scalars = rule, scalars
         self.row_of = list(range(len(columns)))
-        self._columns = consecutive(columns)
-        self._members: slice | Tensor = upload(torch.tensor(columns), scalars.device)
-        if isinstance(self._columns, slice):
-            self._members = self._columns
+        self._columns = members = consecutive(columns)
+        on_device = members if isinstance(members, slice) else upload(torch.from_numpy(members), scalars.device)
+        self._members: slice | Tensor = on_device
         starts = [i for i in self.row_of if i == 0 or options[i] is not options[i - 1]]
         ends = [*starts[1:], len(columns)]
         self._parts = [(options[start], slice(start, end)) for start, end in zip(starts, ends, strict=True)]
