@@ -1,6 +1,6 @@
 """Packaging of xgrad-optim: `kernels/` installs as xgrad_optim.kernels, `csrc/` ships inside xgrad_optim as data.
 
-The native CPU library is compiled into the wheel where torch can be imported in the build (pip's
+The native CPU libraries are compiled into the wheel where torch can be imported in the build (pip's
 --no-build-isolation) and a compiler exists; otherwise the first use compiles it. XGRAD_BUILD=none leaves it out,
 XGRAD_BUILD=cpu makes a failure an error, XGRAD_BUILD=cuda adds the CUDA library (nvcc compiles it for
 $TORCH_CUDA_ARCH_LIST, or for the common architectures; no GPU is needed).
@@ -46,11 +46,12 @@ class BuildWithNativeLibrary(build_py):
         spec.loader.exec_module(native)
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                shutil.copy2(native.build(scratch), package)
+                for library in native.LIBRARIES:
+                    shutil.copy2(native.build(library, scratch), package)
         except RuntimeError as error:
             if WANTED != "auto":
                 raise
-            self.warn(f"the native CPU library is left to the first use: {error}")
+            self.warn(f"the native CPU libraries are left to the first use: {error}")
         if WANTED == "cuda":
             self.build_cuda(package)
 

@@ -87,16 +87,24 @@ def our_backends() -> dict[str, str]:
     return {name: peer for name, peer in (("cpu", "fused"), ("torch", "foreach")) if reasons[name] is None}
 
 
-def interleave(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the order turns from round to round."""
+def interleave(
+    calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, in_a_row: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the order turns from round to round.
+
+    Calls in a row find in the caches what the one before has left there; it is one call more, which is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for index in range(warmup + rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
+            if in_a_row > 1:
+                calls[name]()
             start = time.perf_counter()
-            calls[name]()
+            for _ in range(in_a_row):
+                calls[name]()
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / in_a_row)
     return seconds
 
 
@@ -151,18 +159,19 @@ def section_small(report: Report, rounds: int) -> None:
     makers: dict[str, Make] = {"AdamW fused": lambda params: torch.optim.AdamW(params, fused=True)}
     for backend in our_backends():
         makers[f"XAdamW {backend}"] = lambda params, backend=backend: XAdamW(params, backend=backend)
-    times: dict[str, list[float]] = {name: [] for name in makers}
-    for count in counts:
-        steps = {name: make(make_params([(64,)] * count)).step for name, make in makers.items()}
-        for name, seconds in interleave(steps, 5 * rounds).items():
-            times[name].append(statistics.median(seconds) * 1e6)
-    rows: list[list[object]] = []
-    for name, medians in times.items():
-        # Weighted by 1 / time: a least-squares line through equal relative errors.
-        slope, intercept = numpy.polyfit(counts, medians, 1, w=1 / numpy.array(medians))
-        rows.append([name, *medians, float(slope), float(intercept), medians[2] / times["AdamW fused"][2]])
-    columns = ["optimizer", *(f"us, {count}" for count in counts), "us/tensor", "us/step", "ratio at 1000"]
-    report.table("tensors of 64 elements", columns, rows)
+    for in_a_row, title in ((10, "steps in a row"), (1, "each step after the others' (cold caches)")):
+        times: dict[str, list[float]] = {name: [] for name in makers}
+        for count in counts:
+            steps = {name: make(make_params([(64,)] * count)).step for name, make in makers.items()}
+            for name, seconds in interleave(steps, (1 if in_a_row > 1 else 5) * rounds, in_a_row=in_a_row).items():
+                times[name].append(statistics.median(seconds) * 1e6)
+        rows: list[list[object]] = []
+        for name, medians in times.items():
+            # Weighted by 1 / time: a least-squares line through equal relative errors.
+            slope, intercept = numpy.polyfit(counts, medians, 1, w=1 / numpy.array(medians))
+            rows.append([name, *medians, float(slope), float(intercept), medians[2] / times["AdamW fused"][2]])
+        columns = ["optimizer", *(f"us, {count}" for count in counts), "us/tensor", "us/step", "ratio at 1000"]
+        report.table(f"tensors of 64 elements, {title}", columns, rows)
 
 
 MEMORY_CASES: dict[str, Make] = {

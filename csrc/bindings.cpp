@@ -9,7 +9,6 @@
 
 #include "arguments.h"
 #include "multi_tensor_cpu.h"
-#include "tensor_table.h"
 
 namespace xgrad {
 namespace {
@@ -96,9 +95,6 @@ std::string isa_names() {
 
 STABLE_TORCH_LIBRARY(xgrad_optim, library) {
   library.def("cpu_isas() -> str");
-  library.def("bind_tensors(Tensor[] tensors, int[] slots, ScalarType[] dtypes, Tensor numels) -> int");
-  library.def("read_addresses(int binding, Tensor[] grads, int first, int count, Tensor(a!) addresses) -> int");
-  library.def("release_tensors(int binding) -> ()");
   library.def(
       "multi_tensor_cpu(Tensor addresses, Tensor numels, Tensor row_of, Tensor rows, Tensor chunks, Tensor tasks, "
       "int chunk_size, bool trusts_master, str rule, ScalarType param_dtype, ScalarType state_dtype, str isa) -> ()");
@@ -106,25 +102,8 @@ STABLE_TORCH_LIBRARY(xgrad_optim, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(xgrad_optim, CompositeExplicitAutograd, library) {
   library.impl("cpu_isas", TORCH_BOX(&xgrad::isa_names));
-  library.impl("release_tensors", &xgrad::release_tensors);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xgrad_optim, CPU, library) {
-  library.impl("bind_tensors", &xgrad::bind_tensors);
-  library.impl("read_addresses", &xgrad::read_addresses);
   library.impl("multi_tensor_cpu", TORCH_BOX(&xgrad::multi_tensor_cpu));
-}
-
-// A tensor whose negation, conjugation or zeros are still to be done would reach the kernel above as a temporary copy.
-STABLE_TORCH_LIBRARY_IMPL(xgrad_optim, Negative, library) {
-  library.impl("bind_tensors", &xgrad::bind_lazy_tensors);
-  library.impl("read_addresses", &xgrad::read_lazy_addresses);
-}
-STABLE_TORCH_LIBRARY_IMPL(xgrad_optim, Conjugate, library) {
-  library.impl("bind_tensors", &xgrad::bind_lazy_tensors);
-  library.impl("read_addresses", &xgrad::read_lazy_addresses);
-}
-STABLE_TORCH_LIBRARY_IMPL(xgrad_optim, ZeroTensor, library) {
-  library.impl("bind_tensors", &xgrad::bind_lazy_tensors);
-  library.impl("read_addresses", &xgrad::read_lazy_addresses);
 }

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 
 from xgrad_optim import backend_device
-from xgrad_optim.device_tables import SLOTS, Uploaded
+from xgrad_optim.device_tables import Uploaded
 from xgrad_optim.kernels.element import run_element
 from xgrad_optim.kernels.rules import RULES
 from xgrad_optim.launch import Launch
 from xgrad_optim.numeric import COMPUTE_DTYPES
 from xgrad_optim.rule import STEP_COLUMNS, Rule
+from xgrad_optim.tensor_reader import SLOTS
 
 DEVICES = ("cuda", "xpu")
 """Types of devices that Triton compiles for; ROCm's GPUs are "cuda" to torch."""
@@ -242,7 +243,7 @@ def variant(
 
 def variant_of(launch: Launch) -> dict[str, Any]:
     has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
-    has_grad, trusts = launch.grads is not None, launch.trusts_master and has_master
+    has_grad, trusts = launch.has_grad, launch.trusts_master and has_master
     return variant(launch.rule, launch.dtype, launch.state_dtype, has_grad, has_max, has_master, trusts)
 
 

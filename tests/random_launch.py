@@ -38,7 +38,10 @@ class RandomLaunch:
 
     def __post_init__(self) -> None:
         self.compute_dtype = COMPUTE_DTYPES[self.dtype]
-        self.bound = None
+        self.reader = self.bound = None
+        self.has_grad = self.grads is not None
+        for param, grad in zip(self.params, self.grads or [], strict=False):
+            param.grad = grad
         self.written = [*self.params, *chain(*self.state.values())]
         self.tables = Tables([param.numel() for param in self.params], self.row_of, self.chunk_size)
 

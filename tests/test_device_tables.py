@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xgrad_optim import XAdamW, device_tables
+from xgrad_optim import device_tables
 from xgrad_optim.device_tables import DeviceTables
 from xgrad_optim.launch import Tables
 
@@ -190,77 +190,3 @@ def test_a_step_whose_numbers_the_host_computes_is_not_captured(gpu):
     gpu.is_capturing = True
     with pytest.raises(RuntimeError, match="use capturable=True"):
         DeviceTables().upload(launch)
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
-
-
-def read(optimizer, params) -> tuple[DeviceTables, object]:
-    launch = optimizer._cache.launches[0]
-    launch.grads = [param.grad for param in params]
-    tables = DeviceTables()
-    tables.read(launch)
-    return tables, launch
-
-
-def trained(shape=(4, 4), dtype=torch.float32, count=2):
-    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for _ in range(count)]
-    optimizer = XAdamW(params, backend="torch")
-    for param in params:
-        param.grad = torch.randn_like(param)
-    optimizer.step()
-    return optimizer, params
-
-
-def test_it_reads_every_address():
-    optimizer, params = trained()
-    _, launch = read(optimizer, params)
-    expected = [
-        [param.data_ptr(), param.grad.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0, 0]
-        for param, state in optimizer.state.items()
-    ]
-    assert launch.tables.addresses.tolist() == expected and launch.tables.n_refused == 0
-
-
-CHANGES = {
-    "memory": (lambda p: setattr(p, "data", p.data.clone()), 0),
-    "strides": (lambda p: setattr(p, "data", p.data.t()), 1),
-    "size": (lambda p: setattr(p, "data", p.data[:3]), 1),
-    "dtype": (lambda p: setattr(p, "data", p.data.view(torch.float16).flatten()[:16].view(4, 4)), 1),
-    "gaps": (lambda p: setattr(p, "data", torch.randn(4, 8)[:, ::2]), 1),
-    "no memory": (lambda p: p.untyped_storage().resize_(0), 1),
-    "other gradient": (lambda p: setattr(p, "grad", torch.randn(4, 4)), 0),
-    "gradient's strides": (lambda p: setattr(p, "grad", torch.randn(4, 4).t()), 1),
-    "negated gradient": (lambda p: setattr(p, "grad", torch.randn(4, 4, dtype=torch.complex64).conj().imag), 1),
-    "gradient of zeros": (lambda p: setattr(p, "grad", torch._efficientzerotensor((4, 4))), 1),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_it_notices_what_changed_in_place(change):
-    """All of it can happen to a parameter that stays the same object, most of it at the same address."""
-    optimizer, params = trained()
-    tables, launch = read(optimizer, params)
-    act, n_refused = CHANGES[change]
-    act(params[1])
-    launch.grads = [param.grad for param in params]
-    tables.read(launch)
-    assert launch.tables.n_refused == n_refused
-    lines = launch.tables.addresses.tolist()
-    assert lines[0][:2] == [params[0].data_ptr(), params[0].grad.data_ptr()]
-    assert lines[1][:2] == ([0, 0] if n_refused else [params[1].data_ptr(), params[1].grad.data_ptr()])
-
-
-def test_complex_tensors_are_twice_as_many_reals_unless_they_are_lazy():
-    optimizer, params = trained(dtype=torch.complex64)
-    tables, launch = read(optimizer, params)
-    assert launch.tables.n_refused == 0 and launch.tables.numels.tolist() == [32, 32]
-    launch.grads[0] = launch.grads[0].conj()
-    tables.read(launch)
-    assert launch.tables.n_refused == 1
-
-
-def test_dimensions_of_one_element_have_no_stride():
-    optimizer, params = trained(shape=(6, 4, 1, 1), count=1)
-    params[0].grad = torch.randn(6, 4, 1, 1).as_strided((6, 4, 1, 1), (4, 1, 7, 9))
-    assert read(optimizer, params)[1].tables.n_refused == 0

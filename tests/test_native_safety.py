@@ -33,7 +33,8 @@ def driver(tmp_path_factory) -> Path:
     probe = [*compiler, *SANITIZERS, "-x", "c++", "-", "-o", str(binary)]
     if subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode != 0:
         pytest.skip(f"{compiler[0]} has no sanitizers")
-    command = [*compiler, *build_native.compile_args(), *SANITIZERS, *flags, str(source), "-o", str(binary)]
+    flags = [*build_native.compile_args(build_native.KERNELS), *SANITIZERS, *flags]
+    command = [*compiler, *flags, str(source), "-o", str(binary)]
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return binary

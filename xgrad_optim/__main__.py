@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from xgrad_optim import __version__, available_backends
+from xgrad_optim import __version__, available_backends, tensor_reader
 
 
 def _devices() -> list[str]:
@@ -21,12 +21,14 @@ def _devices() -> list[str]:
 
 
 def report() -> str:
+    why_python = tensor_reader.unavailable()
     lines = [
         f"xgrad_optim {__version__}",
         f"python      {platform.python_version()} on {platform.system()}",
         f"torch       {torch.__version__}",
         *(f"device      {name}" for name in _devices()),
         *(f"back end    {name:<7} {why or 'available'}" for name, why in available_backends().items()),
+        f"tensors     read in {'C++' if why_python is None else f'Python: {why_python}'}",
     ]
     return "\n".join(lines)
 

@@ -2,11 +2,10 @@
 
 import functools
 import threading
-from pathlib import Path
 
 import torch
 
-from xgrad_optim import backend_device, build_cuda
+from xgrad_optim import backend_device, build_cuda, build_native
 from xgrad_optim.device_tables import Uploaded
 from xgrad_optim.launch import Launch
 
@@ -30,12 +29,7 @@ def unavailable() -> str | None:
 def _load() -> str | None:
     try:
         capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-        path = build_cuda.find_or_build([10 * major + minor for major, minor in capabilities])
-        loaded = [Path(other) for other in torch.ops.loaded_libraries if "libxgrad_optim_cuda-" in str(other)]
-        if any(other.name != path.name for other in loaded):
-            return f"this process has loaded another version of the library, {loaded[0]}"
-        if not loaded:
-            torch.ops.load_library(path)
+        build_native.load(build_cuda.find_or_build([10 * major + minor for major, minor in capabilities]))
     except (RuntimeError, OSError) as error:
         return str(error)
     return torch.ops.xgrad_optim.cuda_problem() or None
@@ -58,7 +52,7 @@ def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
     torch.ops.xgrad_optim.multi_tensor_cuda(
         *uploaded,
         launch.tables.chunk_size,
-        launch.grads is not None,
+        launch.has_grad,
         "max_exp_avg_sq" in launch.state,
         "master_weights" in launch.state,
         launch.trusts_master,

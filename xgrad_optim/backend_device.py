@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 
-from torch.autograd.graph import increment_version
-
-from xgrad_optim import backend_torch
-from xgrad_optim.device_tables import Uploaded, guard, refused, tables_of
+from xgrad_optim import backend_torch, tensor_reader
+from xgrad_optim.device_tables import Uploaded, guard, tables_of
 from xgrad_optim.launch import Launch
 
 
@@ -15,16 +13,9 @@ def prepare(launch: Launch) -> bool:
     Raises:
         RuntimeError: capturable=True, and a tensor that only the torch back end can take.
     """
-    try:
-        is_steady = tables_of(launch).read(launch)
-    except RuntimeError:  # a sparse gradient, say: the optimizer's own checks find the words for it
-        return False
-    if launch.tables.n_refused == 0:
-        return is_steady
-    if not launch.fits():
-        return False
-    if launch.is_capturable:
-        shapes = sorted({tuple(launch.params[index].shape) for index in refused(launch)})
+    is_steady = tensor_reader.prepare(launch)
+    if is_steady and launch.tables.n_refused and launch.is_capturable:
+        shapes = sorted({tuple(launch.params[index].shape) for index in launch.tables.refused()})
         raise RuntimeError(
             "capturable=True needs a parameter, its gradient and its state to lie in memory alike and without gaps, "
             f"those of shapes {shapes} do not: make them contiguous, or use capturable=False"
@@ -40,7 +31,6 @@ def run(launch: Launch, run_kernel: Callable[[Launch, Uploaded], None]) -> bool:
     if len(launch.tables.chunks):
         with guard(launch.device):
             run_kernel(launch, tables_of(launch).upload(launch))
-    increment_version(launch.written)
     if launch.tables.n_refused:
-        backend_torch.run(launch.part(refused(launch)))
+        backend_torch.run(launch.part(launch.tables.refused()))
     return launch.tables.n_refused == 0

@@ -40,7 +40,7 @@ class Backend(Protocol):
     def run(self, launch: "Launch") -> bool:
         """Restore, update where the Launch has gradients, and predict every tensor of the Launch.
 
-        Returns whether nothing but increment_version has moved the version counters of what was written.
+        Returns whether all was written through addresses, which moves no version counter.
         """
 
 

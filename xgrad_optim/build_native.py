@@ -1,4 +1,4 @@
-"""Compile the native library: ahead of time for setup.py, or at first use into torch's extension cache.
+"""Compile the native libraries: ahead of time for setup.py, or at first use into torch's extension cache.
 
 It knows nothing of the rest of the package, so that setup.py can load it by its path.
 """
@@ -15,6 +15,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 TARGET_VERSION = "0x020a000000000000"
 """The stable ABI of torch 2.10, the first that has parallel_for: the library runs on this torch and all later ones."""
@@ -27,7 +28,21 @@ _ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
 }
 _TIMEOUT = 600.0
-"""Seconds for the whole build; it takes about ten on two cores."""
+"""Seconds for a whole build; one takes about ten on two cores."""
+
+
+class Library(NamedTuple):
+    """What is compiled into one library: multi_tensor_cpu.cpp once for each instruction set."""
+
+    stem: str
+    sources: tuple[str, ...]
+    is_stable: bool
+    """Whether one build serves every torch from TARGET_VERSION on, not only the one that it was made with."""
+
+
+KERNELS = Library("libxgrad_optim", ("bindings.cpp", "multi_tensor_cpu.cpp"), is_stable=True)
+TENSORS = Library("libxgrad_optim_tensors", ("launch_tensors.cpp",), is_stable=False)
+LIBRARIES = (KERNELS, TENSORS)
 
 
 def source_directory() -> Path:
@@ -36,23 +51,31 @@ def source_directory() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "csrc"
 
 
-def sources() -> list[Path]:
-    """What is compiled; multi_tensor_cpu.cpp once for each instruction set."""
-    return [source_directory() / name for name in ("bindings.cpp", "tensor_table.cpp", "multi_tensor_cpu.cpp")]
+def sources(library: Library) -> list[Path]:
+    return [source_directory() / name for name in library.sources]
 
 
 def headers() -> list[Path]:
     return sorted(source_directory().glob("*.h"))
 
 
-def compile_args() -> list[str]:
+def compile_args(library: Library) -> list[str]:
     """Flags of every source. Never -ffast-math: it also turns off subnormals for the process that loads the library."""
-    return [*_FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    if library.is_stable:
+        return [*_FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    import torch
+
+    return [*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 
-def library_name() -> str:
+def library_name(library: Library) -> str:
     """Named after all that it is made from, so that a name that exists is a library that is current."""
-    return f"libxgrad_optim-{digest_of(sources(), compile_args(), _isas())}.so"
+    made_with: tuple[object, ...] = ()
+    if not library.is_stable:
+        import torch
+
+        made_with = (torch.__version__, torch.version.git_version)
+    return f"{library.stem}-{digest_of(sources(library), compile_args(library), _isas(), *made_with)}.so"
 
 
 def digest_of(inputs: list[Path], *flags: object) -> str:
@@ -63,7 +86,7 @@ def digest_of(inputs: list[Path], *flags: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_or_build() -> Path:
+def find_or_build(library: Library) -> Path:
     """The current library: the one installed with the package, else the cached one, else a new one in the cache.
 
     Raises:
@@ -71,32 +94,49 @@ def find_or_build() -> Path:
     """
     torch_directory()
     try:
-        name = library_name()
+        name = library_name(library)
     except OSError as error:
         raise RuntimeError(f"the C++ sources are missing: {error}") from None
     for directory in (PACKAGE, cache_directory()):
         if (directory / name).is_file():
             return directory / name
-    return build(cache_directory())
+    return build(library, cache_directory())
 
 
-def build(directory: Path | str) -> Path:
+def load(path: Path) -> bool:
+    """Load a library into torch. Returns whether it had to; RuntimeError where another version of it is loaded."""
+    import torch
+
+    stem = path.stem.split("-")[0]
+    loaded = [other for other in map(Path, torch.ops.loaded_libraries) if other.name.split("-")[0] == stem]
+    if any(other.name != path.name for other in loaded):
+        raise RuntimeError(f"this process has loaded another version of the library, {loaded[0]}")
+    if not loaded:
+        torch.ops.load_library(path)
+    return not loaded
+
+
+def build(library: Library, directory: Path | str) -> Path:
     """Compile the library into `directory`, whole or not at all, one process at a time; returns its path.
 
     Raises:
         RuntimeError: no compiler, a compiler's error, or a directory that can't be written.
     """
-    compiler = find_compiler()
+    compiler, torch = find_compiler(), torch_directory()
+    include = [f"-I{torch / 'include'}"]
+    if not library.is_stable:
+        include.append(f"-I{torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}")
     objects: dict[str, list[str]] = {}
-    for source in sources():
+    for source in sources(library):
         variants = _isas() if source.name == "multi_tensor_cpu.cpp" else {"": ()}
         for isa, flags in variants.items():
             isa_flags = [f"-DXGRAD_ISA={isa}", *flags] if isa else []
-            include = [f"-I{torch_directory() / 'include'}"]
             output = f"{source.stem}{isa}.o"
-            objects[output] = [*compiler, *compile_args(), *isa_flags, *include, "-c", str(source), "-o", output]
-    link = [*compiler, "-shared", *objects, f"-L{torch_directory() / 'lib'}", "-ltorch_cpu", "-o", library_name()]
-    return make(Path(directory) / library_name(), objects, link)
+            objects[output] = [*compiler, *compile_args(library), *isa_flags, *include, "-c", str(source), "-o", output]
+    name = library_name(library)
+    needed = ["-ltorch_cpu"] if library.is_stable else ["-ltorch_cpu", "-lc10"]
+    link = [*compiler, "-shared", *objects, f"-L{torch / 'lib'}", *needed, "-o", name]
+    return make(Path(directory) / name, objects, link)
 
 
 def make(target: Path, objects: dict[str, list[str]], link: list[str]) -> Path:

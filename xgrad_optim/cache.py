@@ -1,6 +1,7 @@
 """What a step reuses of the one before: its launches, while all that they were built from is the same."""
 
 from collections.abc import Mapping
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -20,11 +21,11 @@ _SWITCHES = ("amsgrad", "master_weights", *EXECUTION_OPTIONS)
 
 
 class Active(NamedTuple):
-    """The parameters that have a gradient, with it; param group i's end before index `ends[i]`."""
+    """The parameters that have a gradient, with it and their group's options."""
 
     params: list[Tensor]
     grads: list[Tensor]
-    ends: list[int]
+    options: list[Options]
 
     def placed(self) -> "Active":
         """With every gradient cut as its parameter is: tensor parallelism leaves sums over the ranks to do."""
@@ -44,6 +45,7 @@ class StepCache:
     Attributes:
         scalars: the numbers of every parameter that has state, by the device that they live on.
         launches: those of the last step.
+        params: the parameters that took it.
         is_sharded: whether there are DTensors among their parameters.
         builds: how often launches were built; a steady step adds nothing.
     """
@@ -57,7 +59,9 @@ class StepCache:
         self.launches: list[Launch] = []
         self.is_sharded = False
         self._groups: list[Options] = []
-        self._params: list[Tensor] = []
+        self.params: list[Tensor] = []
+        self._group_params: list[list[Tensor]] = []
+        self._idle: list[Tensor] = []
         self._state: tuple[list[Any], list[Any]] = ([], [])
         self._divided_by: list[object] = []
 
@@ -67,17 +71,22 @@ class StepCache:
         """Launches that were built from these."""
         self.launches, self.builds = launches, self.builds + 1
         self.is_sharded = any(isinstance(param, DTensor) for param in active.params)
-        self._groups, self._divided_by = list(groups), _switches(groups, active)
-        self._params = active.params
+        self._groups, self._divided_by = list(groups), _switches(groups)
+        self.params = active.params
+        self._group_params = [list(group["params"]) for group in groups]
+        is_active = set(active.params)
+        self._idle = [param for param in chain(*self._group_params) if param not in is_active]
         self._state = (list(state), [dict(values) for values in state.values()])
 
-    def holds(self, groups: list[dict[str, Any]], active: Active, state: Mapping[Tensor, State]) -> bool:
-        """Whether the launches were built from these very objects and options."""
-        if self._divided_by != _switches(groups, active):
+    def holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
+        """Whether the launches were built from these very objects and options, and no further gradient has come."""
+        if self._divided_by != _switches(groups):
             return False
         if len(self._groups) != len(groups) or not all(map(is_, self._groups, groups)):
             return False
-        return _are_same(self._params, active.params) and self.holds_state(state)
+        if not _are_same(self._group_params, [group["params"] for group in groups]):
+            return False
+        return self.holds_state(state) and all(param.grad is None for param in self._idle)
 
     def holds_state(self, state: Mapping[Tensor, State]) -> bool:
         """Whether the state is made of the very objects of the last step, and its numbers are ours."""
@@ -89,9 +98,14 @@ class StepCache:
         """Whether every parameter holds theta_hat, as far as the host knows."""
         return all(scalars.are_all_predicted for scalars in self.scalars.values())
 
-    def prepare(self, grads: list[Tensor]) -> bool:
-        """Hand the launches a step's gradients; False where a tensor is no longer what its launch was built for."""
-        return all(launch.prepare(grads) for launch in self.launches)
+    def prepare(self, grads: list[Tensor] | None = None) -> bool:
+        """Ready the launches for a step with these gradients, or the parameters' own.
+
+        False where a gradient is missing, or a tensor is no longer what its launch was built for.
+        """
+        # As those without one still have none, as many gradients are those of the same parameters.
+        is_complete = grads is None or len(grads) == len(self.params)
+        return is_complete and all(launch.prepare(grads) for launch in self.launches)
 
 
 def _are_same(kept: object, present: object) -> bool:
@@ -103,5 +117,5 @@ def _are_same(kept: object, present: object) -> bool:
         return False
 
 
-def _switches(groups: list[dict[str, Any]], active: Active) -> list[object]:
-    return [*active.ends, *(group.get(name) for group in groups for name in _SWITCHES)]
+def _switches(groups: list[dict[str, Any]]) -> list[object]:
+    return [group.get(name) for group in groups for name in _SWITCHES]

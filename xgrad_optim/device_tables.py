@@ -7,7 +7,6 @@ waits), memory of the device in the order of the stream that it was allocated on
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -15,25 +14,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xgrad_optim.launch import Launch
-from xgrad_optim.layout import is_dense, local
-from xgrad_optim.numeric import real_dtype
-
-SLOTS = {
-    "param": 0,
-    "grad": 1,
-    "momentum_buffer": 2,
-    "exp_avg": 2,
-    "exp_avg_sq": 3,
-    "max_exp_avg_sq": 4,
-    "master_weights": 5,
-}
-"""Columns of the address table (csrc/launch.h)."""
 
 _read_by_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the replay of a graph reads again, by the first parameter that it writes: of no use any longer than that."""
-
-_LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
-"""What tells a tensor's memory from other memory, and one way to lie in it from another."""
 
 
 class Uploaded(NamedTuple):
@@ -53,30 +36,10 @@ class DeviceTables:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, list[list[object]]] = {}
         self._stream: torch.Stream | None = None
         self._shape: list[Tensor] = []
         self._known_addresses = self._addresses = torch.empty(0, dtype=torch.int64)
         self._spare: Tensor | None = None
-
-    def read(self, launch: Launch) -> bool:
-        """Read every address, dtype, size and stride again: tensors may have been moved, replaced or resized.
-
-        Fills `launch.tables.addresses`, zeros where a tensor is not one flat range, and counts these in `n_refused`.
-        Returns whether all but the gradients are what they were.
-        """
-        slots = {"param": launch.params, **launch.state}
-        if launch.grads is not None:
-            slots["grad"] = launch.grads
-        tensors = {name: [local(tensor) for tensor in slot] for name, slot in slots.items()}
-        seen = {name: [list(map(look, slot)) for look in _LOOKS] for name, slot in tensors.items()}
-        seen["lazy"] = [list(map(look, tensors.get("grad", []))) for look in (Tensor.is_neg, Tensor.is_conj)]
-        if seen == self._seen:
-            return True
-        is_first, before = not self._seen, self._seen
-        _fill_addresses(launch, tensors)
-        self._seen = seen
-        return is_first or all(seen[name] == before[name] for name in ("param", *launch.state))
 
     def upload(self, launch: Launch) -> Uploaded:
         """Bring the device up to date. Call it under the device's guard, right before the kernel that reads it."""
@@ -137,11 +100,6 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def refused(launch: Launch) -> list[int]:
-    """The members that are not one flat range each, as `read` found them."""
-    return torch.nonzero(launch.tables.addresses[:, 0] == 0).flatten().tolist() if launch.tables.n_refused else []
-
-
 def _is_capturing(device: torch.device) -> bool:
     module = torch.get_device_module(device)
     return hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing()
@@ -155,45 +113,3 @@ def _upload(table: Tensor, device: torch.device, pinned: Tensor | None = None) -
     """The table in pinned memory and on the device."""
     source = table.pin_memory() if pinned is None else pinned.copy_(table)
     return source, source.to(device, non_blocking=True)
-
-
-def _fill_addresses(launch: Launch, tensors: dict[str, list[Tensor]]) -> None:
-    tables = launch.tables
-    dtypes = {name: launch.state_dtype for name in tensors}
-    dtypes |= {"param": launch.dtype, "grad": launch.dtype, "master_weights": launch.compute_dtype}
-    tables.addresses.zero_()
-    for name, slot in tensors.items():
-        tables.addresses[:, SLOTS[name]] = torch.tensor([tensor.data_ptr() for tensor in slot], device="cpu")
-    members = [dict(zip(tensors, member, strict=True)) for member in zip(*tensors.values(), strict=True)]
-    numels = tables.numels.tolist()
-    not_flat = [
-        index
-        for index, member in enumerate(members)
-        if not _is_flat(member, dtypes, launch.device, numels[index])
-    ]
-    tables.addresses[not_flat] = 0
-    tables.n_refused = len(not_flat)
-
-
-def _is_flat(member: dict[str, Tensor], dtypes: dict[str, torch.dtype], device: torch.device, numel: int) -> bool:
-    """Whether equal offsets into the buffers' memory are equal elements, and their bits the elements' values."""
-    param = member["param"]
-    n_reals = param.numel() * (2 if param.is_complex() else 1)
-    return (
-        n_reals == numel
-        and is_dense(param)
-        and all(
-            tensor.device == device
-            and real_dtype(tensor.dtype) == dtypes[name]
-            and tensor.shape == param.shape
-            and _steps(tensor) == _steps(param)
-            and not (tensor.is_neg() or tensor.is_conj())
-            and (numel == 0 or tensor.data_ptr() != 0)
-            for name, tensor in member.items()
-        )
-    )
-
-
-def _steps(tensor: Tensor) -> list[int]:
-    """The strides that matter: a dimension of one element has none."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from xgrad_optim import backends
+from xgrad_optim import backends, tensor_reader
 from xgrad_optim.layout import DTensor, local, owns_memory, plain
 from xgrad_optim.numeric import COMPUTE_DTYPES, real_dtype
 from xgrad_optim.rows import Scaling, consecutive, make_rows
@@ -23,18 +22,15 @@ from xgrad_optim.state import State, matches
 CHUNK, GPU_CHUNK = 1 << 14, 1 << 12
 """Elements of a chunk, the unit in which native back ends divide a tensor; on a GPU a thousand run at a time."""
 
-_version = attrgetter("_version")
-
 CHUNK_COST = 128
 """What it costs to begin a chunk, in elements; it keeps thousands of tiny tensors from counting as no work."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter that takes part in a step (with its gradient) or in a swap (without)."""
+    """One parameter that takes part in a step or a swap."""
 
     param: Tensor
-    grad: Tensor | None
     options: Options
     state: State
     scalars: Scalars
@@ -53,7 +49,7 @@ class Tables:
         tasks: int64 `[n_tasks + 1]`: bounds in `chunks` of about equal portions of work.
         addresses: int64 `[n_tensors, 6]`, for the back end to fill: parameter, gradient, two state buffers,
             max_exp_avg_sq, master_weights.
-        n_refused: how many tensors the back end could not take, or -1 where it has to look at each.
+        n_refused: how many tensors are not one flat range each; their addresses are 0.
     """
 
     def __init__(self, numels: list[int], row_of: list[int], chunk_size: int) -> None:
@@ -72,6 +68,10 @@ class Tables:
         self.addresses = torch.zeros((len(sizes), 6), dtype=torch.int64, device="cpu")
         self.n_refused = 0
 
+    def refused(self) -> list[int]:
+        """The tensors that are not one flat range each: a kernel over addresses passes over them."""
+        return torch.nonzero(self.addresses[:, 0] == 0).flatten().tolist() if self.n_refused else []
+
 
 class Launch:
     """All tensors of one device, parameter dtype, state dtype and set of buffers, for one launch.
@@ -81,20 +81,22 @@ class Launch:
 
     Attributes:
         rule: the math to plug in.
-        params, grads, state: the tensors by slot, `grads` is None for a swap; `state` holds the rule's buffers and,
-            where in use, "max_exp_avg_sq" and "master_weights".
+        params, state: the tensors by slot; `state` holds the rule's buffers and, where in use, "max_exp_avg_sq" and
+            "master_weights".
+        has_grad: whether it steps.
         rows: `[n_rows, len(rule.columns)]` in the compute dtype, on the CPU. Tensors of one group that are in step
             share a row.
         row_of: each tensor's row.
         trusts_master: whether every parameter still holds what was made of its master weights, so that none is read.
-        bound: what the back end made of the tensors and keeps while the launch lives.
+        reader: what a back end over addresses reads the tensors with; None until it has.
+        bound: what the back end made of the tables and keeps while the launch lives.
     """
 
     def __init__(self, rule: Rule, entries: list[Entry], positions: list[int], to_predicted: bool | None) -> None:
         self.rule = rule
         self.params = [entry.param for entry in entries]
-        grads = [entry.grad for entry in entries if entry.grad is not None]
-        self.grads: list[Tensor] | None = grads or None
+        self.has_grad = to_predicted is None
+        self._grads: list[Tensor] | None = None
         self.state = {
             key: [entry.state[key] for entry in entries]
             for key in rule.buffer_keys
@@ -112,20 +114,28 @@ class Launch:
         self._members = consecutive(columns)
         self._rows = make_rows(rule, options, columns, self._scalars)
         self.row_of = self._rows.row_of
-        self._sharded = [i for i, param in enumerate(self.params) if isinstance(param, DTensor)]
         self._bumps: numpy.ndarray | None = None
         self._has_run = False
         self.rows = torch.empty(0)
         self.trusts_master = False
+        self.reader: tensor_reader.NativeReader | tensor_reader.PythonReader | None = None
         self.bound: Any = None
         self._tables: Tables | None = None
         self.backend = backends.choose(self, entries[0].options)
 
-    def prepare(self, grads: list[Tensor] | None) -> bool:
-        """Take a step's gradients. False where a tensor is no longer what the launch was built for."""
-        if grads is not None:
-            is_all = len(grads) == len(self._positions)
-            self.grads = grads if is_all else [grads[position] for position in self._positions]
+    @property
+    def grads(self) -> list[Tensor] | None:
+        """The gradients of a step, None for a swap. Back ends over addresses need no list of them as a rule."""
+        if self._grads is None and self.has_grad:
+            self._grads = [param.grad for param in self.params]  # type: ignore[misc]
+        return self._grads
+
+    def prepare(self, grads: list[Tensor] | None = None) -> bool:
+        """Take a step's gradients: the parameters' own, unless others were made of them.
+
+        False where a tensor is no longer what the launch was built for, or a gradient is missing.
+        """
+        self._grads = None if grads is None else [grads[position] for position in self._positions]
         return self.backend.prepare(self)
 
     def fits(self) -> bool:
@@ -135,7 +145,8 @@ class Launch:
             for tensor, param in zip(tensors, self.params, strict=True):
                 if tensor.dtype != dtype or tensor.device != self.device or tensor.shape != param.shape:
                     return False
-        return self.grads is None or all(map(matches, self.params, self.grads))
+        grads = self.grads or []
+        return not any(grad is None for grad in grads) and all(map(matches, self.params, grads))
 
     def why_no_kernel(self, device_types: Sequence[str]) -> str | None:
         """Why a kernel over addresses, on devices of these types, can't run this launch; None where it can."""
@@ -150,7 +161,8 @@ class Launch:
 
     def refresh(self, scaling: Scaling) -> None:
         """Compute the rows from the groups' present hyperparameters."""
-        self._versions = self._read_versions()
+        reader = self.reader
+        self._versions = reader.versions(self) if reader else tensor_reader.read_versions(self.params)
         is_unwritten = self._scalars.are_unwritten(self._members, self._versions)
         # Only a launch that has run before knows that no parameter was given other memory since; and a CUDA graph
         # replays a step whatever was written in between.
@@ -171,7 +183,7 @@ class Launch:
     def written(self) -> list[Tensor]:
         """The tensors whose version counters tell autograd of a run, as torch's own in-place operators do."""
         master_weights = self.state.get("master_weights", [])
-        slots = [self.params, master_weights] if self.grads is None else [self.params, *self.state.values()]
+        slots = [self.params, *self.state.values()] if self.has_grad else [self.params, master_weights]
         tensors = list(chain(*slots))
         return tensors + [local(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
 
@@ -179,32 +191,28 @@ class Launch:
         """These tensors of the launch alone, for a back end to run; the rows are shared."""
         part = copy.copy(self)
         part.params = [self.params[i] for i in members]
-        part.grads = None if self.grads is None else [self.grads[i] for i in members]
+        part._grads = None if self.grads is None else [self.grads[i] for i in members]
         part.state = {key: [tensors[i] for i in members] for key, tensors in self.state.items()}
         part.row_of = [self.row_of[i] for i in members]
-        part._tables, part.bound = None, None
+        part._tables, part.reader, part.bound = None, None, None
         part.__dict__.pop("written", None)
         return part
 
     def run(self) -> None:
         """Run on the chosen back end, then note in the state what the parameters now hold."""
         is_whole = self.backend.run(self)
+        if self.reader is not None:
+            self.reader.bump_versions(self)
         self._rows.advance()
-        if self.grads is not None:
-            self.grads = []  # the cache must not keep them alive
-        # A run that the back end does as a whole moves every counter as far as the last one did.
-        is_known = is_whole and self._bumps is not None
-        versions = self._versions + self._bumps if is_known else self._read_versions()
-        self._bumps = versions - self._versions if is_whole else None
+        self._grads = None  # the cache must not keep them alive
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self.reader = None  # torch.utils.swap_tensors refuses tensors that somebody holds
         self._has_run = True
+        # A run of addresses alone moves every counter as far as the last one did: views share one, for instance.
+        is_known = is_whole and self._bumps is not None
+        versions = self._versions + self._bumps if is_known else tensor_reader.read_versions(self.params)
+        self._bumps = versions - self._versions if is_whole else None
         self._scalars.note_writes(self._members, versions)
-
-    def _read_versions(self) -> numpy.ndarray:
-        """The parameters' version counters. A DTensor and its shard have one each, and a write may move either."""
-        versions = numpy.fromiter(map(_version, self.params), numpy.int64, len(self.params))
-        for i in self._sharded:
-            versions[i] += local(self.params[i])._version
-        return versions
 
 
 def build_launches(rule: Rule, entries: list[Entry], to_predicted: bool | None = None) -> list[Launch]:

@@ -239,12 +239,12 @@ class XGradOptimizer(Optimizer):
         but = set(but)
         moving = {scalars: set(scalars.to_move(to_predicted)) for scalars in self._cache.scalars.values()}
         entries = [
-            Entry(param, None, options, state, scalars, column)
+            Entry(param, options, state, scalars, column)
             for (param, state, options), (scalars, column) in zip(tracked, places, strict=True)
             if column in moving[scalars] and param not in but
         ]
         launches = build_launches(self.rule, entries, to_predicted)
-        if not all(launch.prepare(None) for launch in launches):
+        if not all(launch.prepare() for launch in launches):
             raise RuntimeError(_UNSTEADY)
         for launch in launches:
             launch.refresh(scaling)
@@ -285,20 +285,21 @@ class XGradOptimizer(Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _update(self) -> None:
-        active = self._active()
+        for group in self.param_groups:
+            check_options(self.rule, group)
         cache = self._cache
-        is_held = cache.holds(self.param_groups, active, self.state)
-        if cache.is_sharded or not is_held:
-            active = active.placed()  # a collective, where it is one: once in a step, for all ranks to take part
-        if not (is_held and cache.prepare(active.grads)):
-            self._rebuild(active)
+        is_held = cache.holds(self.param_groups, self.state)
+        # A collective, where it is one: once in a step, for all ranks to take part.
+        placed = self._active().placed() if cache.is_sharded or not is_held else None
+        if not (is_held and cache.prepare(placed and placed.grads)):
+            self._rebuild(placed or self._active())
         scaling = self._scaling()
         for launch in cache.launches:
             launch.refresh(scaling)
         for launch in cache.launches:
             launch.run()
         if not scaling.is_skipped_on_host and not cache.are_all_predicted:
-            self._swap(to_predicted=True, but=active.params, scaling=scaling)
+            self._swap(to_predicted=True, but=cache.params, scaling=scaling)
 
     def _scaling(self) -> Scaling:
         """What a GradScaler leaves on the optimizer for the time of a fused step."""
@@ -311,26 +312,20 @@ class XGradOptimizer(Optimizer):
         return all(bool(group["fused"]) for group in self.param_groups)
 
     def _active(self) -> Active:
-        """The parameters that have a gradient; the groups' options are checked on the way."""
         active = Active([], [], [])
         for group in self.param_groups:
-            check_options(self.rule, group)
-            params = group["params"]
-            all_grads = [param.grad for param in params]
-            grads = [grad for grad in all_grads if grad is not None]
-            if len(grads) < len(params):
-                params = [param for param, grad in zip(params, all_grads, strict=True) if grad is not None]
-            active.params.extend(params)
-            active.grads.extend(grads)
-            active.ends.append(len(active.params))
+            for param in group["params"]:
+                if param.grad is not None:
+                    active.params.append(param)
+                    active.grads.append(param.grad)
+                    active.options.append(group)
         return active
 
     def _rebuild(self, active: Active) -> None:
         """Check everything, create the missing state and divide the step into launches."""
-        bounds = zip(self.param_groups, [0, *active.ends], active.ends, strict=False)
-        groups = {param: group for group, start, end in bounds for param in active.params[start:end]}
-        for (param, group), grad in zip(groups.items(), active.grads, strict=True):
+        for param, grad, group in zip(*active, strict=True):
             check_gradient(type(self).__name__, param, grad, group)
+        groups = dict(zip(active.params, active.options, strict=True))
         self._conform_state(groups)
         first = self.rule.state_keys[0]
         created = {
@@ -342,10 +337,7 @@ class XGradOptimizer(Optimizer):
             warn_of_replaced(self.state, [param for group in self.param_groups for param in group["params"]])
         tracked = self._tracked() + [(param, state, groups[param]) for param, state in created.items()]
         places = {param: (state, *place) for (param, state, _), place in zip(tracked, self._bind(tracked), strict=True)}
-        entries = [
-            Entry(param, grad, group, *places[param])
-            for (param, group), grad in zip(groups.items(), active.grads, strict=True)
-        ]
+        entries = [Entry(param, group, *places[param]) for param, group in groups.items()]
         launches = build_launches(self.rule, entries)
         for param, state in created.items():
             self.state[param].update(state)
