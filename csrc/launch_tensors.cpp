@@ -49,8 +49,8 @@ struct Layout {
 
   // Equal offsets are equal elements then. A dimension of one element has no stride that matters.
   bool is_of(const Tensor& tensor) const {
-    if (tensor.sizes() != sizes) return false;
-    if (tensor.strides() == strides) return true;
+    if (!tensor.sizes().equals(sizes)) return false;
+    if (tensor.strides().equals(strides)) return true;
     for (size_t d = 0; d < sizes.size(); ++d) {
       if (sizes[d] != 1 && tensor.strides()[d] != strides[d]) return false;
     }

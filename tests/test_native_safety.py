@@ -1,10 +1,15 @@
-"""The native kernels touch the memory that they were given and no other.
+"""The native libraries touch the memory that they were given and no other.
 
-A driver without torch runs the same headers under AddressSanitizer and UndefinedBehaviorSanitizer, every buffer an
-allocation of its own. In the process itself, random views into one storage leave every byte between them as it was.
+A driver without torch runs the kernels' headers under AddressSanitizer and UndefinedBehaviorSanitizer, every buffer an
+allocation of its own; what reads the tensors runs under both inside Python. In the process itself, random views into
+one storage leave every byte between them as it was.
 """
 
+import os
+import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,19 +25,25 @@ SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Path:
-    """The standalone driver, for the widest vectors that this machine runs."""
+def compiler(tmp_path_factory) -> list[str]:
+    """A compiler that has the sanitizers."""
     try:
         compiler = build_native.find_compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
+    probe = [*compiler, *SANITIZERS, "-x", "c++", "-", "-o", str(tmp_path_factory.mktemp("probe") / "probe")]
+    if subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode != 0:
+        pytest.skip(f"{compiler[0]} has no sanitizers")
+    return compiler
+
+
+@pytest.fixture(scope="module")
+def driver(compiler, tmp_path_factory) -> Path:
+    """The standalone driver, for the widest vectors that this machine runs."""
     isa = torch.ops.xgrad_optim.cpu_isas().split(",")[0] if REASON is None else "baseline"
     flags = [f"-DXGRAD_ISA={isa}", *build_native._isas()[isa]]
     binary = tmp_path_factory.mktemp("driver") / "native_driver"
     source = Path(__file__).parent / "native_driver.cpp"
-    probe = [*compiler, *SANITIZERS, "-x", "c++", "-", "-o", str(binary)]
-    if subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode != 0:
-        pytest.skip(f"{compiler[0]} has no sanitizers")
     flags = [*build_native.compile_args(build_native.KERNELS), *SANITIZERS, *flags]
     command = [*compiler, *flags, str(source), "-o", str(binary)]
     done = subprocess.run(command, text=True, capture_output=True)
@@ -45,6 +56,33 @@ def test_sanitizers_find_nothing(driver, seed):
     done = subprocess.run([str(driver), str(seed)], text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("0 wrong\n")
+
+
+@needs_library
+def test_sanitizers_find_nothing_where_tensors_are_read(compiler, tmp_path):
+    """The reader's own tests once more, on a build for the sanitizers."""
+    cache = tmp_path / "xgrad_optim"
+    cache.mkdir()
+    shutil.copy2(build_native.find_or_build(build_native.KERNELS), cache)
+    runtimes = [
+        subprocess.run([*compiler, f"-print-file-name=lib{name}.so"], text=True, capture_output=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    if not all(Path(runtime).is_absolute() for runtime in runtimes):
+        pytest.skip(f"{compiler[0]} has no shared sanitizers")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        "CXX": shlex.join([*compiler, *SANITIZERS]),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python frees no memory at its end
+    }
+    tests = str(Path(__file__).with_name("test_tensor_reader.py"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout, done.stdout
+    assert len(list(cache.glob(f"{build_native.TENSORS.stem}-*.so"))) == 1
 
 
 CANARY = 0x5A

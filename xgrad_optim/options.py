@@ -15,6 +15,8 @@ EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiabl
 
 def _number(name: str, value: object) -> float | None:
     """The number, or None where it lives on a device: to know it would be to wait for it."""
+    if type(value) is float:  # nearly all are, and to ask for a Real takes long
+        return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")

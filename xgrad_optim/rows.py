@@ -178,6 +178,8 @@ def as_numbers(options: Options, device: torch.device | None = None) -> dict[str
 
 def as_number(value: Any, device: torch.device | None = None) -> Any:
     """A tensor as a float, which is free on the CPU only; or, where it lives on a device, as float64 on `device`."""
+    if type(value) is float:  # nearly all are, and to ask for a Real takes long
+        return value
     if not isinstance(value, Tensor):
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
     if device is None or value.device.type == "cpu":

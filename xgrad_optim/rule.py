@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,18 +53,18 @@ class Rule:
     direction: Callable[[Blocks, Hyper, Tensor], Tensor]
     positive_options: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns of a Launch's rows, in the order that every back end reads."""
         previous = tuple(f"{name}_prev" for name in self.direction_columns)
         return STEP_COLUMNS + self.accumulate_columns + self.direction_columns + previous
 
-    @property
+    @cached_property
     def number_keys(self) -> tuple[str, ...]:
         """State keys of the 0-dim numbers: the step count, and all that it takes to undo the prediction."""
         return ("step", "predicted", "prediction_shift", *(f"prediction_{name}" for name in self.direction_columns))
 
-    @property
+    @cached_property
     def buffer_keys(self) -> tuple[str, ...]:
         """State keys of all tensors that are shaped like the parameter, those of options included."""
         return (*self.state_keys, "max_exp_avg_sq", "master_weights")
