@@ -4,6 +4,7 @@
 // is built for one torch. It computes nothing: xgrad_optim/tensor_reader.py does the same in Python where it is missing.
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -97,36 +98,48 @@ class LaunchTensors : public torch::CustomClassHolder {
 
   // Writes each tensor's line of addresses, zeros where it is not flat or its gradient lies otherwise, and the version
   // counter of each parameter. Returns how many have zeros; or kChanged, where a parameter has no gradient, or a bound
-  // tensor other memory, another layout or another dtype than it had: the tables are of no use then.
-  int64_t read(const Tensor& addresses, const Tensor& versions) const {
+  // tensor other memory, another layout or another dtype than it had: the tables are of no use then. The gradients
+  // whose addresses it wrote are held until finish().
+  int64_t read(const Tensor& addresses, const Tensor& versions) {
     int64_t* lines = table(addresses, "addresses", n_tensors_ * kNumSlots);
     int64_t* version = table(versions, "versions", n_tensors_);
     std::atomic<int64_t> n_refused{0};
     std::atomic<bool> is_changed{false};
+    std::exception_ptr error;  // of a sparse gradient, say
+    std::atomic<bool> has_failed{false};
+    grads_.resize(has_grad_ ? n_tensors_ : 0);
     torch::stable::parallel_for(0, n_tensors_, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Tensor& param = at(i, 0).tensor;
-        if ((has_grad_ && !param.grad().defined()) || !is_unchanged(i)) {
-          is_changed = true;
-          return;
+      try {
+        for (int64_t i = begin; i < end && !is_changed; ++i) {
+          const Tensor& param = at(i, 0).tensor;
+          if (has_grad_) grads_[i] = param.grad();
+          if ((has_grad_ && !grads_[i].defined()) || !is_unchanged(i)) is_changed = true;
+          version[i] = param._version();
+          if (!read_line(i, lines + i * kNumSlots)) ++n_refused;
         }
-        version[i] = param._version();
-        if (!read_line(i, lines + i * kNumSlots)) ++n_refused;
+      } catch (...) {
+        if (!has_failed.exchange(true)) error = std::current_exception();
+        is_changed = true;
       }
     });
+    if (is_changed) grads_.clear();
+    if (error) std::rethrow_exception(error);
     return is_changed ? kChanged : n_refused.load();
   }
 
-  // Tells autograd of a run, as torch's own in-place operators do. Without gradients no state buffer is written.
-  void bump_versions() const {
+  // Tells autograd of a run, as torch's own in-place operators do, and lets the gradients go. Without gradients no state
+  // buffer was written. Tensors of inference mode have no counter.
+  void finish() {
     torch::stable::parallel_for(0, n_tensors_, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (size_t s = 0; s < slots_.size(); ++s) {
           const bool is_written = has_grad_ || slots_[s] == kParam || slots_[s] == kMasterWeights;
-          if (is_written) at(i, s).tensor.unsafeGetTensorImpl()->bump_version();
+          const Tensor& tensor = at(i, s).tensor;
+          if (is_written && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
         }
       }
     });
+    grads_.clear();
   }
 
  private:
@@ -162,10 +175,9 @@ class LaunchTensors : public torch::CustomClassHolder {
 
   bool read_line(int64_t i, int64_t* line) const {
     std::fill_n(line, static_cast<int>(kNumSlots), 0);
-    const Tensor& grad = at(i, 0).tensor.grad();
-    if (!layouts_[i].is_flat || (has_grad_ && !fits(grad, i))) return false;
+    if (!layouts_[i].is_flat || (has_grad_ && !fits(grads_[i], i))) return false;
     // A gradient is only read: asking for it so keeps copy-on-write tensors from being copied.
-    if (has_grad_) line[kGrad] = reinterpret_cast<int64_t>(grad.const_data_ptr());
+    if (has_grad_) line[kGrad] = reinterpret_cast<int64_t>(grads_[i].const_data_ptr());
     for (size_t s = 0; s < slots_.size(); ++s) line[slots_[s]] = reinterpret_cast<int64_t>(at(i, s).address);
     return true;
   }
@@ -181,6 +193,7 @@ class LaunchTensors : public torch::CustomClassHolder {
   bool has_grad_;
   std::vector<Bound> bound_;  // a parameter and its buffers by slot, then the next parameter
   std::vector<Layout> layouts_;
+  std::vector<Tensor> grads_;  // while a launch runs on them, another thread may take them from their parameters
 };
 
 }  // namespace
@@ -191,5 +204,5 @@ TORCH_LIBRARY_FRAGMENT(xgrad_optim, library) {
   library.class_<LaunchTensors>("LaunchTensors")
       .def(torch::init<const std::vector<at::Tensor>&, std::vector<int64_t>, int64_t, int64_t, const at::Tensor&, bool>())
       .def("read", &LaunchTensors::read)
-      .def("bump_versions", &LaunchTensors::bump_versions);
+      .def("finish", &LaunchTensors::finish);
 }

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -42,7 +41,6 @@ class RandomLaunch:
         self.has_grad = self.grads is not None
         for param, grad in zip(self.params, self.grads or [], strict=False):
             param.grad = grad
-        self.written = [*self.params, *chain(*self.state.values())]
         self.tables = Tables([param.numel() for param in self.params], self.row_of, self.chunk_size)
 
     def copied(self) -> "RandomLaunch":

@@ -264,3 +264,70 @@ def test_tensors_can_be_exchanged_where_modules_convert_by_exchanging_them():
         twins.do(lambda optimizer: optimizer.step())
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@needs_library
+@pytest.mark.parametrize("swap_tensors", [False, True])
+def test_memory_given_to_a_parameter_is_no_master_weight_of_ours(swap_tensors):
+    """Also where every reader is new because modules convert by exchanging tensors."""
+    param = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = XAdamW([param], backend="cpu", master_weights=True, lr=0.1, weight_decay=0)
+    torch.__future__.set_swap_module_params_on_conversion(swap_tensors)
+    try:
+        for _ in range(3):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        param.data = torch.full_like(param, 5.0)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert (param > 4.5).all() and (optimizer.state[param]["master_weights"] > 4.5).all()
+
+
+@needs_library
+def test_views_of_one_tensor_share_a_version_counter():
+    """Also with a parameter of another launch: our own writes are nobody else's."""
+    whole = torch.zeros(10)
+    params = [torch.nn.Parameter(whole[:5]), torch.nn.Parameter(whole[5:])]
+    optimizer = XAdamW([{"params": params[:1]}, {"params": params[1:], "amsgrad": True}], backend="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.ones(5)
+            optimizer.step()
+            with optimizer.true_weights():
+                pass
+    assert len(optimizer._cache.launches) == 2
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_real_parameters_take_no_step_under_fake_tensor_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = XAdamW([param], backend="cpu")
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    before = param.detach().clone()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="these are real"):
+        optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param]["step"] == 2
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 3
+
+
+@needs_library
+def test_state_made_in_inference_mode_is_stepped():
+    """It has no version counter to move."""
+    twins = _warm()
+    (param,) = twins.params["cpu"]
+    state = twins.optimizers["cpu"].state[param]
+    with torch.inference_mode():
+        state["exp_avg"] = state["exp_avg"].clone()
+    assert state["exp_avg"].is_inference()
+    for _ in range(2):
+        twins.step([torch.randn(5000)])

@@ -78,7 +78,7 @@ def test_sanitizers_find_nothing_where_tensors_are_read(compiler, tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees no memory at its end
     }
     tests = str(Path(__file__).with_name("test_tensor_reader.py"))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", tests]  # -s: a finding is shown
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout, done.stdout

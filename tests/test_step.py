@@ -1115,3 +1115,27 @@ def test_scratch_memory_is_bounded_in_any_layout(layout):
         return peak_memory(XAdamW(params, backend="torch"))
 
     assert_bounded(peak_of)
+
+
+@every_class
+def test_a_parameter_that_was_listed_twice_is_refused(cls):
+    """In groups that were edited in place; no other parameter gets its gradient."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = cls(params)
+    optimizer.param_groups[0]["params"][:] = [params[0], params[0], params[1]]
+    for value, param in enumerate(params):
+        param.grad = torch.full((3,), 1.0 + value)
+    with pytest.raises(ValueError, match="more than once"):
+        optimizer.step()
+    assert not any(param.any() for param in params) and not optimizer.state
+
+
+@every_class
+def test_a_parameter_of_inference_mode_is_refused(cls):
+    with torch.inference_mode():
+        param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = cls([param])
+    param.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="inference_mode"):
+        optimizer.step()
+    assert not optimizer.state

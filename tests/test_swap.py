@@ -14,6 +14,7 @@ from cases import Case, every_optimizer, small_model, train_step
 from hypothesis import given, settings
 
 from xgrad_optim import XAdamW
+from xgrad_optim import optimizer as optimizer_module
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -154,3 +155,119 @@ def test_true_weights_restores_the_mode_that_it_found(case):
             raise KeyError
         assert optimizer.predicted == mode
         assert_same_bits(model.state_dict().values(), before.values())
+
+
+def _count_builds(monkeypatch) -> list[int]:
+    builds = []
+    build = optimizer_module.build_launches
+    monkeypatch.setattr(optimizer_module, "build_launches", lambda *what: builds.append(1) or build(*what))
+    return builds
+
+
+@every_optimizer
+def test_swaps_of_steady_training_build_no_launches_after_the_first(case, monkeypatch):
+    model = small_model()
+    optimizer = case.make(model.parameters(), lr=0.01)
+    train_step(model, optimizer, 0)
+    with optimizer.true_weights():
+        pass
+    builds = _count_builds(monkeypatch)
+    for step in range(1, 4):
+        train_step(model, optimizer, step)
+        optimizer.param_groups[0]["lr"] *= 0.9
+        with optimizer.true_weights():
+            pass
+    assert not builds
+
+
+def _other_memory(optimizer, params):
+    params[1].data = params[1].data.clone()
+
+
+def _states_other_memory(optimizer, params):
+    buffer = optimizer.state[params[0]][optimizer.rule.state_keys[0]]
+    buffer.data = buffer.data.clone()
+
+
+def _other_state(optimizer, params):
+    key = optimizer.rule.state_keys[0]
+    optimizer.state[params[0]][key] = optimizer.state[params[0]][key] * 1.5
+
+
+def _other_number(optimizer, params):
+    optimizer.state[params[0]]["prediction_shift"] = optimizer.state[params[0]]["prediction_shift"] * 0.5
+
+
+def _a_parameter_skips_a_step(optimizer, params):
+    params[0].grad = None
+    optimizer.step()
+
+
+def _another_group_steps(optimizer, params):
+    params.append(torch.nn.Parameter(torch.linspace(-1, 1, 6)))
+    optimizer.add_param_group({"params": [params[-1]], "lr": 0.5})
+    for param in params:
+        param.grad = torch.linspace(-1, 2, param.numel()).view(param.shape)
+    optimizer.step()
+
+
+def _loaded(optimizer, params):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def _the_torch_back_end(optimizer, params):
+    optimizer.param_groups[0]["backend"] = "torch"
+
+
+@every_optimizer
+@pytest.mark.parametrize("master_weights", [False, True], ids=["", "master"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _other_memory,
+        _states_other_memory,
+        _other_state,
+        _other_number,
+        _a_parameter_skips_a_step,
+        _another_group_steps,
+        _loaded,
+        _the_torch_back_end,
+    ],
+)
+def test_a_swap_sees_what_has_changed_since_the_last_one(case, master_weights, change):
+    """As an optimizer does that remembers no swap."""
+    results = []
+    for remembers in (True, False):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 7)]
+        optimizer = case.make(params, lr=0.01, master_weights=master_weights)
+        seen = []
+        for turn in range(6):
+            for index, param in enumerate(params):
+                param.grad = torch.linspace(-2, 1, param.numel()) * (1 + index + turn)
+            optimizer.step()
+            for position, move in enumerate((optimizer.eval, optimizer.train, optimizer.eval, optimizer.train)):
+                if (turn, position) == (3, 1):
+                    change(optimizer, params)
+                if not remembers:
+                    optimizer._cache.clear()
+                move()
+                seen.extend(param.detach().clone() for param in params)
+        results.append(seen)
+    assert len(results[0]) >= 48
+    assert_same_bits(*results)
+
+
+@every_optimizer
+def test_what_is_loaded_in_inference_mode_trains_on(case):
+    """What is made there nobody may update; loaded state is no such thing."""
+    models = [small_model(), small_model()]
+    optimizers = [case.make(model.parameters(), lr=0.01) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_step(model, optimizer, 0)
+    with torch.inference_mode():
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for step in (1, 2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train_step(model, optimizer, step)
+    for pair in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(*pair)

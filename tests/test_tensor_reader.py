@@ -1,5 +1,7 @@
 """What a step reads of its tensors, in C++ and in Python: the same tables, and nothing that has changed passes."""
 
+import ctypes
+
 import pytest
 import torch
 from twins import needs_library
@@ -136,7 +138,7 @@ def test_versions_are_read_and_moved(make_reader):
     written = [*params, *launch.state["exp_avg"], *launch.state["exp_avg_sq"]]
     before = [tensor._version for tensor in written]
     assert reader.versions(launch).tolist() == before[:2]
-    reader.bump_versions(launch)
+    reader.finish(launch)
     assert [tensor._version for tensor in written] == [version + 1 for version in before]
 
 
@@ -149,9 +151,34 @@ def test_a_swap_has_no_gradients_and_writes_no_buffer_but_master_weights(make_re
     reader = make_reader(launch)
     assert reader.read(launch) and launch.tables.addresses[:, 1].tolist() == [0, 0]
     before = {key: slot[0]._version for key, slot in launch.state.items()}
-    reader.bump_versions(launch)
+    reader.finish(launch)
     moved = {key for key, slot in launch.state.items() if slot[0]._version != before[key]}
     assert moved == set(keys)
+
+
+def test_a_state_buffer_that_turns_lazy_at_its_address_is_noticed(make_reader):
+    launch, _ = trained(dtype=torch.complex64)
+    reader = make_reader(launch)
+    assert reader.read(launch)
+    buffer = launch.state["exp_avg"][0]
+    buffer.data = buffer.data.conj()
+    assert not reader.read(launch)
+
+
+@needs_tensors
+def test_gradients_are_held_while_a_launch_runs_on_them():
+    """Another thread may take them from their parameters meanwhile."""
+    launch, params = trained(count=1)
+    params[0].grad = torch.full((4, 4), 3.0)
+    reader = NativeReader(launch)
+    assert reader.read(launch)
+    params[0].grad = None
+    others = [torch.full((4, 4), float("nan")) for _ in range(100)]
+    numbers = (ctypes.c_float * 16).from_address(launch.tables.addresses[0, 1].item())
+    assert list(numbers) == [3.0] * 16
+    reader.finish(launch)
+    others += [torch.full((4, 4), float("nan")) for _ in range(100)]
+    assert list(numbers) != [3.0] * 16, "nobody frees it"
 
 
 @needs_tensors

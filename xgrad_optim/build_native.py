@@ -155,7 +155,7 @@ def make(target: Path, objects: dict[str, list[str]], link: list[str]) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where torch puts extensions, $TORCH_EXTENSIONS_DIR first; one folder for every torch, as the ABI is stable."""
+    """Where torch puts extensions, $TORCH_EXTENSIONS_DIR first; one folder for every torch, names tell them apart."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -1,6 +1,7 @@
-"""What a step reuses of the one before: its launches, while all that they were built from is the same."""
+"""What steps and swaps reuse of earlier ones: their launches, while all that they were built from is the same."""
 
 from collections.abc import Mapping
+from copy import copy
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class _NoTensorEqualsAnother(TorchFunctionMode):
 
 
 class StepCache:
-    """The launches of the last step.
+    """The launches of the last step, and of the swaps since.
 
     Attributes:
         scalars: the numbers of every parameter that has state, by the device that they live on.
@@ -64,19 +65,33 @@ class StepCache:
         self._idle: list[Tensor] = []
         self._state: tuple[list[Any], list[Any]] = ([], [])
         self._divided_by: list[object] = []
+        self._swaps: dict[bool, tuple[list[list[int]], list[Launch]]] = {}
 
     def keep(
         self, launches: list[Launch], groups: list[dict[str, Any]], active: Active, state: Mapping[Tensor, State]
     ) -> None:
-        """Launches that were built from these."""
+        """Launches of a step that were built from these."""
         self.launches, self.builds = launches, self.builds + 1
         self.is_sharded = any(isinstance(param, DTensor) for param in active.params)
         self._groups, self._divided_by = list(groups), _switches(groups)
         self.params = active.params
-        self._group_params = [list(group["params"]) for group in groups]
+        self._group_params = [copy(group["params"]) for group in groups]
         is_active = set(active.params)
         self._idle = [param for param in chain(*self._group_params) if param not in is_active]
         self._state = (list(state), [dict(values) for values in state.values()])
+        self._swaps = {}
+
+    def keep_swap(self, to_predicted: bool, launches: list[Launch]) -> None:
+        """Launches of a swap that is about to run, built from what this cache holds."""
+        self._swaps[to_predicted] = (self._moving(to_predicted), launches)
+
+    def swap(self, to_predicted: bool) -> list[Launch] | None:
+        """The launches of the last swap to these weights, if it moved the parameters that are to be moved now."""
+        moved, launches = self._swaps.get(to_predicted, ([], None))
+        return launches if moved == self._moving(to_predicted) else None
+
+    def _moving(self, to_predicted: bool) -> list[list[int]]:
+        return [scalars.to_move(to_predicted) for scalars in self.scalars.values()]
 
     def holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
         """Whether the launches were built from these very objects and options, and no further gradient has come."""

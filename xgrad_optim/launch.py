@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -11,13 +10,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from xgrad_optim import backends, tensor_reader
-from xgrad_optim.layout import DTensor, local, owns_memory, plain
+from xgrad_optim import backends
+from xgrad_optim.layout import local, owns_memory, plain
 from xgrad_optim.numeric import COMPUTE_DTYPES, real_dtype
 from xgrad_optim.rows import Scaling, consecutive, make_rows
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.scalars import Scalars
 from xgrad_optim.state import State, matches
+from xgrad_optim.tensor_reader import NativeReader, PythonReader, read_versions
 
 CHUNK, GPU_CHUNK = 1 << 14, 1 << 12
 """Elements of a chunk, the unit in which native back ends divide a tensor; on a GPU a thousand run at a time."""
@@ -118,7 +118,7 @@ class Launch:
         self._has_run = False
         self.rows = torch.empty(0)
         self.trusts_master = False
-        self.reader: tensor_reader.NativeReader | tensor_reader.PythonReader | None = None
+        self.reader: NativeReader | PythonReader | None = None
         self.bound: Any = None
         self._tables: Tables | None = None
         self.backend = backends.choose(self, entries[0].options)
@@ -131,7 +131,7 @@ class Launch:
         return self._grads
 
     def prepare(self, grads: list[Tensor] | None = None) -> bool:
-        """Take a step's gradients: the parameters' own, unless others were made of them.
+        """Take a step's gradients: the parameters' own, unless others were made of them, as of DTensors'.
 
         False where a tensor is no longer what the launch was built for, or a gradient is missing.
         """
@@ -161,14 +161,16 @@ class Launch:
 
     def refresh(self, scaling: Scaling) -> None:
         """Compute the rows from the groups' present hyperparameters."""
+        self.rows = self._rows.compute(self.compute_dtype, self._to_predicted, scaling)
+        if self.reader is not None and not owns_memory(self.rows):
+            raise RuntimeError("FakeTensorMode can step fake parameters only, these are real: nothing was changed")
         reader = self.reader
-        self._versions = reader.versions(self) if reader else tensor_reader.read_versions(self.params)
+        self._versions = reader.versions(self) if reader else read_versions(self.params)
         is_unwritten = self._scalars.are_unwritten(self._members, self._versions)
         # Only a launch that has run before knows that no parameter was given other memory since; and a CUDA graph
         # replays a step whatever was written in between.
         may_trust = "master_weights" in self.state and self._has_run and not self.is_capturable
         self.trusts_master = is_unwritten and may_trust
-        self.rows = self._rows.compute(self.compute_dtype, self._to_predicted, scaling)
 
     @property
     def tables(self) -> Tables:
@@ -179,14 +181,6 @@ class Launch:
             self._tables = Tables(numels, self.row_of, chunk_size)
         return self._tables
 
-    @cached_property
-    def written(self) -> list[Tensor]:
-        """The tensors whose version counters tell autograd of a run, as torch's own in-place operators do."""
-        master_weights = self.state.get("master_weights", [])
-        slots = [self.params, *self.state.values()] if self.has_grad else [self.params, master_weights]
-        tensors = list(chain(*slots))
-        return tensors + [local(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
-
     def part(self, members: list[int]) -> "Launch":
         """These tensors of the launch alone, for a back end to run; the rows are shared."""
         part = copy.copy(self)
@@ -195,23 +189,26 @@ class Launch:
         part.state = {key: [tensors[i] for i in members] for key, tensors in self.state.items()}
         part.row_of = [self.row_of[i] for i in members]
         part._tables, part.reader, part.bound = None, None, None
-        part.__dict__.pop("written", None)
         return part
 
     def run(self) -> None:
         """Run on the chosen back end, then note in the state what the parameters now hold."""
-        is_whole = self.backend.run(self)
-        if self.reader is not None:
-            self.reader.bump_versions(self)
+        self._is_whole = self.backend.run(self)
         self._rows.advance()
         self._grads = None  # the cache must not keep them alive
-        if torch.__future__.get_swap_module_params_on_conversion():
-            self.reader = None  # torch.utils.swap_tensors refuses tensors that somebody holds
         self._has_run = True
-        # A run of addresses alone moves every counter as far as the last one did: views share one, for instance.
-        is_known = is_whole and self._bumps is not None
-        versions = self._versions + self._bumps if is_known else tensor_reader.read_versions(self.params)
-        self._bumps = versions - self._versions if is_whole else None
+        if self.reader is not None:
+            self.reader.finish(self)
+        if isinstance(self.reader, NativeReader) and torch.__future__.get_swap_module_params_on_conversion():
+            # torch.utils.swap_tensors refuses tensors that somebody holds. The next reader knows nothing of before.
+            self.reader, self._has_run = None, False
+
+    def note_versions(self) -> None:
+        """Remember the version counters, when all launches have run: views may share one with another launch's."""
+        # Runs of addresses alone move every counter as far as the last ones did.
+        is_known = self._is_whole and self._bumps is not None
+        versions = self._versions + self._bumps if is_known else read_versions(self.params)
+        self._bumps = versions - self._versions if self._is_whole else None
         self._scalars.note_writes(self._members, versions)
 
 

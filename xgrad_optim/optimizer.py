@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from xgrad_optim import backends, checkpoint, hooks, pairing
 from xgrad_optim.cache import Active, StepCache
-from xgrad_optim.launch import Entry, build_launches
+from xgrad_optim.launch import Entry, Launch, build_launches
 from xgrad_optim.options import check_options
 from xgrad_optim.rows import UNSCALED, Scaling
 from xgrad_optim.rule import Options, Rule
@@ -86,6 +86,8 @@ class XGradOptimizer(Optimizer):
             self.eval()
         return super().state_dict()
 
+    @torch.inference_mode(False)  # nobody may update what is made there
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a state_dict of this class or of its torch.optim base, saved in either mode.
 
@@ -234,25 +236,30 @@ class XGradOptimizer(Optimizer):
     @torch.no_grad()
     def _swap(self, to_predicted: bool, but: Iterable[Tensor] = (), scaling: Scaling = UNSCALED) -> None:
         """Put the other weights into all parameters but these, unless `scaling` has them skip it."""
+        cache, but = self._cache, set(but)
+        is_held = not but and cache.holds(self.param_groups, self.state)
+        launches = cache.swap(to_predicted) if is_held else None
+        if launches is None or not all(launch.prepare() for launch in launches):
+            launches = self._build_swap(to_predicted, but)
+            if not all(launch.prepare() for launch in launches):
+                raise RuntimeError(_UNSTEADY)
+            if is_held:
+                cache.keep_swap(to_predicted, launches)
+        _run(launches, scaling)
+        self._switch.turn(to_predicted)
+        if launches:
+            self._switch.drop_copies()
+
+    def _build_swap(self, to_predicted: bool, but: set[Tensor]) -> list[Launch]:
         tracked = self._tracked()
         places = self._bind(tracked)
-        but = set(but)
         moving = {scalars: set(scalars.to_move(to_predicted)) for scalars in self._cache.scalars.values()}
         entries = [
             Entry(param, options, state, scalars, column)
             for (param, state, options), (scalars, column) in zip(tracked, places, strict=True)
             if column in moving[scalars] and param not in but
         ]
-        launches = build_launches(self.rule, entries, to_predicted)
-        if not all(launch.prepare() for launch in launches):
-            raise RuntimeError(_UNSTEADY)
-        for launch in launches:
-            launch.refresh(scaling)
-        for launch in launches:
-            launch.run()
-        self._switch.turn(to_predicted)
-        if launches:
-            self._switch.drop_copies()
+        return build_launches(self.rule, entries, to_predicted)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -294,10 +301,7 @@ class XGradOptimizer(Optimizer):
         if not (is_held and cache.prepare(placed and placed.grads)):
             self._rebuild(placed or self._active())
         scaling = self._scaling()
-        for launch in cache.launches:
-            launch.refresh(scaling)
-        for launch in cache.launches:
-            launch.run()
+        _run(cache.launches, scaling)
         if not scaling.is_skipped_on_host and not cache.are_all_predicted:
             self._swap(to_predicted=True, but=cache.params, scaling=scaling)
 
@@ -326,6 +330,8 @@ class XGradOptimizer(Optimizer):
         for param, grad, group in zip(*active, strict=True):
             check_gradient(type(self).__name__, param, grad, group)
         groups = dict(zip(active.params, active.options, strict=True))
+        if len(groups) < len(active.params):
+            raise ValueError("some parameters appear more than once in the parameter groups: list each one once")
         self._conform_state(groups)
         first = self.rule.state_keys[0]
         created = {
@@ -358,3 +364,13 @@ class XGradOptimizer(Optimizer):
             self._swap(to_predicted=False)
         for param, state in switched:
             follow_options(self.rule, param, state, options[param])
+
+
+def _run(launches: list[Launch], scaling: Scaling) -> None:
+    """Whatever can fail, fails before the first one writes."""
+    for launch in launches:
+        launch.refresh(scaling)
+    for launch in launches:
+        launch.run()
+    for launch in launches:
+        launch.note_versions()

@@ -104,6 +104,8 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, options: Options) -> 
             f"the gradient of a {where}, dtype {param.dtype} on {param.device} must match it, "
             f"got shape {tuple(grad.shape)}, dtype {grad.dtype} on {grad.device}"
         )
+    if param.is_inference():
+        raise RuntimeError(f"a {where} was made in torch.inference_mode(), so that nobody may update it: clone it")
     if param.is_conj() or param.is_neg():
         raise RuntimeError(f"a {where} is a lazy conjugate or negative view: make it a tensor of its own")
     if options["capturable"] and param.device.type == "cpu":

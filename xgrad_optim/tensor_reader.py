@@ -33,10 +33,10 @@ SLOTS = {
 }
 """Columns of the address table (csrc/launch.h)."""
 
-_LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
-"""What tells a tensor's memory from other memory, and one way to lie in it from another."""
-
 _LAZINESS = (Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor)
+
+_LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"), *_LAZINESS)
+"""What tells a tensor's memory from other memory, and one way to lie in it from another."""
 
 _version = attrgetter("_version")
 _lock = threading.Lock()
@@ -111,9 +111,9 @@ class NativeReader:
         """The parameters' version counters when the tensors were read."""
         return self._versions.numpy().copy()
 
-    def bump_versions(self, launch: "Launch") -> None:
-        """Tell autograd of a run, as torch's own in-place operators do."""
-        self._tensors.bump_versions()
+    def finish(self, launch: "Launch") -> None:
+        """Tell autograd of a run, as torch's own in-place operators do, and let the gradients go."""
+        self._tensors.finish()
 
 
 class PythonReader:
@@ -121,6 +121,7 @@ class PythonReader:
 
     def __init__(self) -> None:
         self._seen: dict[str, list[list[object]]] = {}
+        self._written: list[Tensor] | None = None
 
     def read(self, launch: "Launch") -> bool:
         slots = {"param": launch.params, **launch.state}
@@ -130,7 +131,6 @@ class PythonReader:
             slots["grad"] = launch.grads
         tensors = {name: [local(tensor) for tensor in slot] for name, slot in slots.items()}
         seen = {name: [list(map(look, slot)) for look in _LOOKS] for name, slot in tensors.items()}
-        seen["lazy"] = [list(map(look, tensors.get("grad", []))) for look in _LAZINESS]
         if seen == self._seen:
             return True
         is_first, before = not self._seen, self._seen
@@ -141,8 +141,13 @@ class PythonReader:
     def versions(self, launch: "Launch") -> numpy.ndarray:
         return read_versions(launch.params)
 
-    def bump_versions(self, launch: "Launch") -> None:
-        increment_version(launch.written)
+    def finish(self, launch: "Launch") -> None:
+        if self._written is None:
+            slots = {"param": launch.params, **launch.state}
+            names = [name for name in slots if launch.has_grad or name in ("param", "master_weights")]
+            tensors = list(chain(*(slots[name] for name in names)))
+            self._written = tensors + [local(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
+        increment_version(self._written)
 
 
 def _fill_addresses(launch: "Launch", tensors: dict[str, list[Tensor]]) -> None:
