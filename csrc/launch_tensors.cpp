@@ -113,7 +113,10 @@ class LaunchTensors : public torch::CustomClassHolder {
         for (int64_t i = begin; i < end && !is_changed; ++i) {
           const Tensor& param = at(i, 0).tensor;
           if (has_grad_) grads_[i] = param.grad();
-          if ((has_grad_ && !grads_[i].defined()) || !is_unchanged(i)) is_changed = true;
+          if ((has_grad_ && !grads_[i].defined()) || !is_unchanged(i)) {
+            is_changed = true;
+            break;
+          }
           version[i] = param._version();
           if (!read_line(i, lines + i * kNumSlots)) ++n_refused;
         }
