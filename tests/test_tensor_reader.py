@@ -205,8 +205,10 @@ def test_thousands_of_tensors_are_read_by_several_threads_alike():
     for threads in (1, 2, 5):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        assert read(launch, NativeReader) == len(range(0, 3000, 7))
-        torch.set_num_threads(before)
+        try:
+            assert read(launch, NativeReader) == len(range(0, 3000, 7))
+        finally:
+            torch.set_num_threads(before)
         tables.append(launch.tables.addresses.tolist())
     assert read(launch, lambda launch: PythonReader()) == len(range(0, 3000, 7))
     assert all(table == launch.tables.addresses.tolist() for table in tables)

@@ -1,8 +1,5 @@
 """The CUDA back end: the rules of csrc/ compiled by nvcc, one launch over the addresses of all tensors of a Launch."""
 
-import functools
-import threading
-
 import torch
 
 from xgrad_optim import backend_device, build_cuda, build_native
@@ -12,8 +9,6 @@ from xgrad_optim.launch import Launch
 DEVICE = "cuda"
 """The type of the devices that it serves."""
 
-_lock = threading.Lock()
-
 
 def unavailable() -> str | None:
     """Why the library can't be had; the first call may build it, which takes a minute once for each kind of GPU."""
@@ -21,18 +16,15 @@ def unavailable() -> str | None:
         return f"this build of torch, {torch.__version__}, has no CUDA"
     if not torch.cuda.is_available():
         return "there is no CUDA device that torch can use"
-    with _lock:
-        return _load()
+    return _why_no_library()
 
 
-@functools.cache
-def _load() -> str | None:
-    try:
-        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-        build_native.load(build_cuda.find_or_build([10 * major + minor for major, minor in capabilities]))
-    except (RuntimeError, OSError) as error:
-        return str(error)
-    return torch.ops.xgrad_optim.cuda_problem() or None
+@build_native.reason_why_not
+def _why_no_library() -> None:
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    build_native.load(build_cuda.find_or_build([10 * major + minor for major, minor in capabilities]))
+    if problem := torch.ops.xgrad_optim.cuda_problem():
+        raise RuntimeError(problem)
 
 
 def why_not(launch: Launch) -> str | None:

@@ -31,6 +31,4 @@ def run(launch: Launch, run_kernel: Callable[[Launch, Uploaded], None]) -> bool:
     if len(launch.tables.chunks):
         with guard(launch.device):
             run_kernel(launch, tables_of(launch).upload(launch))
-    if launch.tables.n_refused:
-        backend_torch.run(launch.part(launch.tables.refused()))
-    return launch.tables.n_refused == 0
+    return backend_torch.run_refused(launch)

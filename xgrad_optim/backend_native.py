@@ -1,8 +1,6 @@
 """The native CPU back end: one operator call over the addresses of all tensors of a Launch."""
 
-import functools
 import os
-import threading
 from typing import Any
 
 import torch
@@ -13,23 +11,12 @@ from xgrad_optim.launch import Launch
 ISA = os.environ.get("XGRAD_CPU_ISA", "")
 """The instruction set to use, "avx512", "avx2" or "baseline"; empty for the best one. It changes no bit."""
 
-_lock = threading.Lock()
 
-
-def unavailable() -> str | None:
+@build_native.reason_why_not
+def unavailable() -> None:
     """Why the library can't be had; the first call may build it, which takes some seconds once for each machine."""
-    with _lock:
-        return _load()
-
-
-@functools.cache
-def _load() -> str | None:
-    try:
-        if build_native.load(build_native.find_or_build(build_native.KERNELS)):
-            _register_fake()
-    except (RuntimeError, OSError) as error:
-        return str(error)
-    return None
+    if build_native.load(build_native.find_or_build(build_native.KERNELS)):
+        _register_fake()
 
 
 def _register_fake() -> None:
@@ -67,6 +54,4 @@ def run(launch: Launch) -> bool:
         launch.state_dtype,
         ISA,
     )
-    if tables.n_refused:
-        backend_torch.run(launch.part(tables.refused()))
-    return tables.n_refused == 0
+    return backend_torch.run_refused(launch)

@@ -44,6 +44,14 @@ def run(launch: Launch) -> bool:
     return False
 
 
+def run_refused(launch: Launch) -> bool:
+    """Run what a kernel over addresses has passed over; returns whether there was nothing to run."""
+    refused = launch.tables.refused()
+    if refused:
+        run(launch.part(refused))
+    return not refused
+
+
 def _all_blocks(launch: Launch) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Every element of the launch once, with its row: large tensors in blocks, small ones in bundles."""
     slots = {"param": launch.params, **launch.state}

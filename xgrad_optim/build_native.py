@@ -4,6 +4,7 @@ It knows nothing of the rest of the package, so that setup.py can load it by its
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +116,26 @@ def load(path: Path) -> bool:
     if not loaded:
         torch.ops.load_library(path)
     return not loaded
+
+
+def reason_why_not(obtain: Callable[[], None]) -> Callable[[], str | None]:
+    """Turn what obtains a library into what tells why it can't be had: it is called once, by one thread."""
+    lock = threading.Lock()
+
+    @functools.cache
+    def ask() -> str | None:
+        try:
+            obtain()
+        except (RuntimeError, OSError) as error:
+            return str(error)
+        return None
+
+    @functools.wraps(obtain)
+    def reason() -> str | None:
+        with lock:
+            return ask()
+
+    return reason
 
 
 def build(library: Library, directory: Path | str) -> Path:

@@ -3,8 +3,6 @@
 Read in C++ where that can be built for this torch (csrc/launch_tensors.cpp), else in Python, which also knows DTensors.
 """
 
-import functools
-import threading
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
@@ -39,7 +37,6 @@ _LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"), *_L
 """What tells a tensor's memory from other memory, and one way to lie in it from another."""
 
 _version = attrgetter("_version")
-_lock = threading.Lock()
 
 
 def prepare(launch: "Launch") -> bool:
@@ -63,19 +60,10 @@ def make_reader(launch: "Launch") -> "PythonReader | NativeReader":
     return NativeReader(launch) if is_native else PythonReader()
 
 
-def unavailable() -> str | None:
+@build_native.reason_why_not
+def unavailable() -> None:
     """Why tensors are read in Python; the first call may build the C++, which takes some seconds for each torch."""
-    with _lock:
-        return _load()
-
-
-@functools.cache
-def _load() -> str | None:
-    try:
-        build_native.load(build_native.find_or_build(build_native.TENSORS))
-    except (RuntimeError, OSError) as error:
-        return str(error)
-    return None
+    build_native.load(build_native.find_or_build(build_native.TENSORS))
 
 
 def read_versions(params: Sequence[Tensor]) -> numpy.ndarray:
