@@ -1,4 +1,4 @@
-"""Packaging of xgrad-optim: `kernels/` installs as xgrad_optim.kernels, `csrc/` ships inside xgrad_optim as data.
+"""The native libraries of a build; all that is fixed about the package stands in pyproject.toml.
 
 The native CPU libraries are compiled into the wheel where torch can be imported in the build (pip's
 --no-build-isolation) and a compiler exists; otherwise the first use compiles it. XGRAD_BUILD=none leaves it out,
@@ -19,11 +19,6 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("XGRAD_BUILD", "auto")
 
-DEMO = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "scipy>=1.10"]
-TEST = [*DEMO, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1", "ninja"]
-TEST += ["triton>=3.6; platform_system == 'Linux'"]
-CLIENTS = ["transformers>=5.24", "accelerate>=1.15", "lightning>=2.6"]
-
 
 def is_native() -> bool:
     """Whether this build contains the compiled library, which makes it one for this platform."""
@@ -41,7 +36,7 @@ class BuildWithNativeLibrary(build_py):
             self.build_native(Path(self.build_lib) / "xgrad_optim")
 
     def build_native(self, package: Path) -> None:
-        spec = importlib.util.spec_from_file_location("build_native", ROOT / "xgrad_optim" / "build_native.py")
+        spec = importlib.util.spec_from_file_location("build", ROOT / "xgrad_optim" / "backends" / "build.py")
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
         try:
@@ -57,7 +52,7 @@ class BuildWithNativeLibrary(build_py):
 
     def build_cuda(self, package: Path) -> None:
         sys.path.insert(0, str(ROOT))
-        from xgrad_optim import build_cuda
+        from xgrad_optim.backends import build_cuda
 
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copy2(build_cuda.build(scratch, build_cuda.architectures_ahead_of_time()), package)
@@ -68,25 +63,4 @@ class PlatformDistribution(Distribution):
         return is_native()
 
 
-setup(
-    name="xgrad-optim",
-    version="0.1.0",
-    description="XGrad optimizers for PyTorch: gradients are taken at the weights that the optimizer is about to reach",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    python_requires=">=3.10",
-    install_requires=["torch>=2.6", "numpy>=1.24"],
-    extras_require={"demo": DEMO, "test": TEST, "clients": CLIENTS},
-    packages=["xgrad_optim", "xgrad_optim.kernels", "xgrad_optim.csrc"],
-    package_dir={"xgrad_optim": "xgrad_optim", "xgrad_optim.kernels": "kernels", "xgrad_optim.csrc": "csrc"},
-    package_data={"xgrad_optim": ["py.typed"], "xgrad_optim.csrc": ["*.h", "*.cpp", "*.cu"]},
-    cmdclass={"build_py": BuildWithNativeLibrary},
-    distclass=PlatformDistribution,
-    zip_safe=False,
-    classifiers=[
-        "Programming Language :: Python :: 3",
-        "Operating System :: OS Independent",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Typing :: Typed",
-    ],
-)
+setup(cmdclass={"build_py": BuildWithNativeLibrary}, distclass=PlatformDistribution)

@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # its helpers compile the kernels and read machine code
 
 import cuda_kernels  # noqa: E402
-from cuda_kernels import Variant, every_variant  # noqa: E402
 from machine_code import ARCHITECTURES, REASON, MachineCode, kernels_of  # noqa: E402
+from random_launch import RULES, Variant, every_variant  # noqa: E402
 
-from xgrad_optim import backends, build_cuda  # noqa: E402
+from xgrad_optim import backends  # noqa: E402
+from xgrad_optim.backends import build_cuda  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Line:
     bytes_per_element: float
     widths: str
     instructions_per_element: float
+    issue_slots_per_byte: float
+    without_restore: float
 
 
 def common_variants(rule: str) -> list[Variant]:
@@ -53,7 +56,7 @@ def common_variants(rule: str) -> list[Variant]:
         Variant(rule, full, full, has_grad=True),
         Variant(rule, full, full, has_grad=False),
         Variant(rule, full, full, has_grad=True, has_max_exp_avg_sq=True),
-        Variant(rule, half, full, has_grad=True, has_master_weights=True, trusts_master=True),
+        Variant(rule, half, full, has_grad=True, has_master_weights=True),
         Variant(rule, half, half, has_grad=True),
         Variant(rule, double, double, has_grad=True),
     ]
@@ -73,12 +76,14 @@ def describe(backend: str, architecture: str, variant: Variant, code: MachineCod
         launch="step" if variant.has_grad else "swap",
         parameters=str(variant.dtype).removeprefix("torch."),
         state=str(variant.state_dtype).removeprefix("torch."),
-        buffers=" ".join(name for name, is_there in buffers.items() if is_there) + "*" * variant.trusts_master,
+        buffers=" ".join(name for name, is_there in buffers.items() if is_there),
         registers=code.registers,
         local_bytes=code.stack,
         bytes_per_element=moved / elements,
         widths=" ".join(f"{count}x{width}" for width, count in sorted((loads + stores).items(), reverse=True)),
         instructions_per_element=len(code.main_loop) / elements,
+        issue_slots_per_byte=code.issue_slots(restores=True) / moved,
+        without_restore=code.issue_slots(restores=False) / moved,
     )
 
 
@@ -89,19 +94,18 @@ def cuda_lines(variants: list[Variant]) -> Iterator[Line]:
         cubins = dict(zip(pairs, compilers.map(lambda pair: cuda_kernels.compiled(*pair), pairs), strict=True))
     for variant in variants:
         for architecture in ARCHITECTURES:
-            code = kernels_of(cubins[variant.rule, architecture])[variant.symbol]
+            code = kernels_of(cubins[variant.rule, architecture])[cuda_kernels.symbol_of(variant)]
             yield describe("cuda", architecture, variant, code)
 
 
 def triton_lines(variants: list[Variant]) -> Iterator[Line]:
-    from triton_kernels import RULES, compile_kernel, multi_tensor
+    from triton_kernels import compile_step
 
     with tempfile.TemporaryDirectory() as scratch:
         for number, variant in enumerate(variants):
-            constants = multi_tensor.variant(RULES[variant.rule], variant.dtype, variant.state_dtype, *variant.buffers)
             for architecture in ARCHITECTURES:
                 cubin = Path(scratch) / f"{number}-{architecture}.cubin"
-                cubin.write_bytes(compile_kernel(int(architecture.removeprefix("sm_")), constants).asm["cubin"])
+                cubin.write_bytes(compile_step(variant, architecture).asm["cubin"])
                 (code,) = kernels_of(cubin).values()
                 yield describe("triton", architecture, variant, code)
 
@@ -109,18 +113,27 @@ def triton_lines(variants: list[Variant]) -> Iterator[Line]:
 TITLE = """# The GPU kernels' machine code
 
 Made by `make gpu-report`, without a GPU. Bytes, widths (accesses x bytes of a thread) and instructions are those of the
-main loop; the rare cases of divisions and roots are outside of it. `*`: the parameters hold what was made of the master
-weights, and are not read.
+main loop; the rare cases of divisions and roots are outside of it. Issue slots are the instructions that a thread
+executes, without these rare cases; without_restore: where there is no prediction to undo, as with prediction_steps=0.
 
+A GPU that gives its threads fewer slots for a byte of its memory than a kernel needs is bound by instructions there:
 """
+
+SLOTS = {"H100 SXM": (132, 1.755e9, 3.35e12), "H200": (132, 1.755e9, 4.8e12), "B200": (148, 1.85e9, 8.0e12)}
+"""Multiprocessors, each of which issues 4 instructions of 32 threads at once; clock; bytes of memory per second."""
+
+
+def legend() -> str:
+    rows = [f"| {name} | {n * 128 * clock / bandwidth:.1f} |\n" for name, (n, clock, bandwidth) in SLOTS.items()]
+    return "\n| GPU | issue slots per byte |\n| --- | --- |\n" + "".join(rows) + "\n"
 
 
 def markdown(lines: list[Line]) -> str:
     names = list(asdict(lines[0]))
     rows = [names, ["---"] * len(names)]
     for line in lines:
-        rows.append([f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in asdict(line).values()])
-    return TITLE + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in asdict(line).values()])
+    return TITLE + legend() + "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     if REASON is not None:
         sys.exit(REASON)
     choose = every_variant if options.all else common_variants
-    variants = [variant for rule in cuda_kernels.RULES for variant in choose(rule)]
+    variants = [variant for rule in RULES for variant in choose(rule)]
     lines: list[Line] = []
     try:
         build_cuda.find_nvcc()

@@ -3,6 +3,8 @@
 import json
 import platform
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,6 +53,31 @@ def make_params(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str 
     return params
 
 
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    in_a_row: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the order turns from round to round.
+
+    Calls in a row find in the caches what the one before has left there; it is one call more, which is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for index in range(warmup + rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            if in_a_row > 1:
+                calls[name]()
+            start = clock()
+            for _ in range(in_a_row):
+                calls[name]()
+            if index >= warmup:
+                seconds[name].append((clock() - start) / in_a_row)
+    return seconds
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -75,8 +102,7 @@ class Report:
     def table(self, title: str, columns: list[str], rows: list[list[object]]) -> None:
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
-            shown = ("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row)
-            table.add_row(*shown)
+            table.add_row(*map(_shown, row))
             self.rows.append({"table": title, **dict(zip(columns, row, strict=True))})
         self.console.print(table)
 
@@ -84,3 +110,18 @@ class Report:
         partial = path.with_name(path.name + ".part")
         partial.write_text("".join(json.dumps({**self._header, **row}) + "\n" for row in self.rows), encoding="utf-8")
         partial.replace(path)
+
+    def save_markdown(self, path: Path, title: str, subtitle: str) -> None:
+        """All tables; columns without a number anywhere are left out."""
+        facts = ", ".join(f"{name} {value}" for name, value in self._header.items())
+        lines = [f"# {title}", "", f"{subtitle}. {facts}.", ""]
+        for name in dict.fromkeys(row["table"] for row in self.rows):
+            rows = [{key: row[key] for key in row if key != "table"} for row in self.rows if row["table"] == name]
+            columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+            lines += [f"## {name}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            lines += [f"| {' | '.join(_shown(row[key]) for key in columns)} |" for row in rows] + [""]
+        path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _shown(cell: object) -> str:
+    return "-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)

@@ -12,26 +12,27 @@ the peer named in the table, and the rate at which the bytes that must move were
 """
 
 import argparse
+import math
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
-from measuring import Report, cpu_name, gpt2_shapes, make_params
+from measuring import Report, cpu_name, gpt2_shapes, interleave, make_params
 from overhead_device import WORKLOADS as DEVICE_WORKLOADS
 from overhead_device import measure_device
+from overhead_thread import measure_small_models, measure_thread
 
 from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW, available_backends
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 RESULTS = Path(__file__).resolve().parent / "results"
-SECTIONS = ("step", "bf16", "small", "memory", "bandwidth")
+SECTIONS = ("step", "thread", "bf16", "small", "memory", "bandwidth")
 
 
 WORKLOADS = {
@@ -87,27 +88,6 @@ def our_backends() -> dict[str, str]:
     return {name: peer for name, peer in (("cpu", "fused"), ("torch", "foreach")) if reasons[name] is None}
 
 
-def interleave(
-    calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, in_a_row: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the order turns from round to round.
-
-    Calls in a row find in the caches what the one before has left there; it is one call more, which is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for index in range(warmup + rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            if in_a_row > 1:
-                calls[name]()
-            start = time.perf_counter()
-            for _ in range(in_a_row):
-                calls[name]()
-            if index >= warmup:
-                seconds[name].append((time.perf_counter() - start) / in_a_row)
-    return seconds
-
-
 def compare(report: Report, title: str, contenders: list[Contender], make: Callable, rounds: int) -> None:
     """Time a step of each contender on parameters of its own."""
     steps, elements = {}, 0
@@ -147,14 +127,13 @@ def section_bf16(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> 
         medians = {name: statistics.median(times) for name, times in interleave(calls, rounds).items()}
         # The torch back end reads the parameter beside its master weights in every step.
         moved = {"float32": 28, "bfloat16 + master": 2 + 2 + 3 * 8 + (2 if backend == "torch" else 0)}
-        rows = [
-            [name, moved[name], median * 1e3, median / medians["float32"]] for name, median in medians.items()
-        ]
+        rows = [[name, moved[name], median * 1e3, median / medians["float32"]] for name, median in medians.items()]
         report.table(f"XAdamW {backend}, mixed precision", ["parameters", "bytes/element", "ms", "ratio"], rows)
 
 
 def section_small(report: Report, rounds: int) -> None:
-    """Many tensors of 64 elements: what a step costs per tensor, as a line through four counts."""
+    """Small models; then many tensors of 64 elements: what a step costs per tensor, as a line through four counts."""
+    measure_small_models(report, list(our_backends()), 5 * rounds)
     counts = (10, 100, 1000, 10000)
     makers: dict[str, Make] = {"AdamW fused": lambda params: torch.optim.AdamW(params, fused=True)}
     for backend in our_backends():
@@ -253,6 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="the tables of a device in their place")
     parser.add_argument("--scale", type=float, default=1.0, help="with --device: so much of each model (default 1)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="with --device: folder for JSON lines and plot")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="with --device: begin nothing after that time")
     parser.add_argument("--peak-of", choices=MEMORY_CASES, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if unknown := set(options.sections) - set(SECTIONS):
@@ -275,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.device is not None:
         names = [options.workload] if options.workload else list(DEVICE_WORKLOADS)
         try:
-            measure_device(options.device, names, options.scale, options.rounds, options.out)
+            measure_device(options.device, names, options.scale, options.rounds, options.out, options.seconds)
         except RuntimeError as error:
             sys.exit(f"--device {options.device}: {error}")
         return
@@ -288,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.workload}")
     sections: dict[str, Callable[[], None]] = {
         "step": lambda: section_step(report, shapes, options.rounds),
+        "thread": lambda: measure_thread(report, options.rounds),
         "bf16": lambda: section_bf16(report, shapes, options.rounds),
         "small": lambda: section_small(report, options.rounds),
         "memory": lambda: section_memory(report, options.workload),

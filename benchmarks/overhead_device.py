@@ -10,6 +10,7 @@ in the same run; rates and shares are of those bytes, also for a contender that 
 
 import functools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -79,8 +80,8 @@ def contenders(family: Family, device: str) -> Iterator[tuple[str, Contender]]:
 class CpuClock:
     """Times of a CPU, which waits for every operation anyway."""
 
-    device = "cpu"
-    label = "perf_counter on a CPU"
+    device: str = "cpu"
+    label: str = "perf_counter on a CPU"
 
     def __init__(self) -> None:
         self.machine = cpu_name()
@@ -109,8 +110,8 @@ class CpuClock:
 class CudaClock:
     """Times between events on the current stream, steps one right after the other."""
 
-    device = "cuda"
-    label = "events on the device"
+    device: str = "cuda"
+    label: str = "events on the device"
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -196,37 +197,62 @@ def measure(clock: Clock, shapes: Shapes, make: Contender, rounds: int) -> dict[
     }
 
 
-def measure_device(device: str, names: list[str], scale: float, rounds: int, out: Path) -> None:
-    """Print a table for each workload; write all numbers as JSON lines and a plot of them into `out`.
+def measure_device(device: str, names: list[str], scale: float, rounds: int, out: Path, seconds: float) -> None:
+    """Measure the contenders on this machine's device: see `measure_with`.
 
     Raises:
         RuntimeError: this machine does not have the device.
     """
-    clock: Clock = CudaClock() if device == "cuda" else CpuClock()
-    report = Report(clock.machine, clock=clock.label, scale=scale, backends=our_backends(device))
-    print(f"{clock.machine}, {clock.label}, torch {torch.__version__}, back ends {our_backends(device)}")
+    measure_with(CudaClock() if device == "cuda" else CpuClock(), FAMILIES, names, scale, rounds, out, seconds)
+
+
+def measure_with(
+    clock: Clock, families: dict[str, Family], names: list[str], scale: float, rounds: int, out: Path, seconds: float
+) -> None:
+    """Print a table for each workload; write all numbers as JSON lines, tables and a plot into `out`.
+
+    The files are named after the device. After so many `seconds` nothing more is begun; what was left out is named.
+    """
+    end = time.monotonic() + seconds
+    report = Report(clock.machine, clock=clock.label, scale=scale, backends=our_backends(clock.device))
+    print(f"{clock.machine}, {clock.label}, torch {torch.__version__}, back ends {our_backends(clock.device)}")
+    left_out = []
     for name in names:
         shapes = scaled(WORKLOADS[name], scale)
         elements = sum(map(math.prod, shapes))
-        bandwidth = copy_bandwidth(clock, elements, rounds)
         rows: list[list[object]] = []
-        for family_name, family in FAMILIES.items():
-            bound = family.bytes_per_element * elements / bandwidth * 1e3
-            for contender, make in contenders(family, device):
+        bandwidth = 0.0
+        for family_name, family in families.items():
+            for contender, make in contenders(family, clock.device):
+                if time.monotonic() > end:
+                    left_out.append(f"{name} {family_name} {contender}")
+                    continue
+                bandwidth = bandwidth or copy_bandwidth(clock, elements, rounds)
+                bound = family.bytes_per_element * elements / bandwidth * 1e3
                 result = measure(clock, shapes, make, rounds)
                 ratio = result["ms"] / bound
                 derived = {"bound ms": bound, "x bound": ratio, "GB/s": bandwidth / ratio / 1e9, "share": 1 / ratio}
                 numbers = {"optimizer": family_name, "contender": contender, **result, **derived}
                 rows.append([numbers[column] for column in COLUMNS])
-        title = f"{name}: {len(shapes)} tensors, {elements} elements, float32; a copy moves {bandwidth / 1e9:.0f} GB/s"
-        report.table(title, COLUMNS, rows)
+        if rows:
+            moves = f"a copy moves {bandwidth / 1e9:.0f} GB/s"
+            report.table(f"{name}: {len(shapes)} tensors, {elements} elements, float32; {moves}", COLUMNS, rows)
+    if left_out:
+        print(f"left out after {seconds:.0f} s: {', '.join(left_out)}")
     out.mkdir(parents=True, exist_ok=True)
-    report.save(out / f"overhead_{device}.jsonl")
-    plot(report, f"{clock.machine}, {clock.label}", out / f"overhead_{device}.png")
-    print(f"written to {out / f'overhead_{device}.jsonl'} and .png")
+    path = out / f"overhead_{slug(clock.machine)}"
+    report.save(path.with_suffix(".jsonl"))
+    report.save_markdown(path.with_suffix(".md"), f"A step on {clock.machine}", clock.label)
+    plot(report, f"{clock.machine}, {clock.label}", list(families), path.with_suffix(".png"))
+    print(f"written to {path}.jsonl, .md and .png")
 
 
-def plot(report: Report, subtitle: str, path: Path) -> None:
+def slug(machine: str) -> str:
+    """The device's name as a part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") or "unknown"
+
+
+def plot(report: Report, subtitle: str, families: list[str], path: Path) -> None:
     """For each workload and optimizer, each contender's time over the lower bound, on a logarithmic axis."""
     import matplotlib
 
@@ -234,16 +260,18 @@ def plot(report: Report, subtitle: str, path: Path) -> None:
     from matplotlib import pyplot
 
     titles = list(dict.fromkeys(str(row["table"]) for row in report.rows))
+    if not titles:
+        return
     names = list(dict.fromkeys(str(row["contender"]) for row in report.rows))
     figure, axes = pyplot.subplots(len(titles), 1, figsize=(11, 3 * len(titles)), squeeze=False, layout="constrained")
     width = 0.85 / len(names)
     for axis, title in zip(axes[:, 0], titles, strict=True):
         for position, name in enumerate(names):
             rows = [row for row in report.rows if (row["table"], row["contender"]) == (title, name)]
-            places = [list(FAMILIES).index(str(row["optimizer"])) + (position - len(names) / 2) * width for row in rows]
+            places = [families.index(str(row["optimizer"])) + (position - len(names) / 2) * width for row in rows]
             axis.bar(places, [row["x bound"] for row in rows], width * 0.95, label=name, align="edge")
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(FAMILIES)), list(FAMILIES))
+        axis.set_xticks(range(len(families)), families)
         axis.set_ylabel("time / lower bound")
         axis.set_yscale("log")
         axis.set_title(title, loc="left", fontsize=9)

@@ -1,6 +1,7 @@
 // What the operators of all C++ back ends ask of their arguments.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -34,30 +35,32 @@ inline void check_table(const char* name, const torch::stable::Tensor& table, to
 }
 
 // The tables of a Launch that every back end reads, checked against each other as far as their shapes tell.
-inline Launch read_tables(const torch::stable::Tensor& addresses, const torch::stable::Tensor& numels,
-                          const torch::stable::Tensor& row_of, const torch::stable::Tensor& rows,
-                          const torch::stable::Tensor& chunks, int64_t chunk_size, int64_t n_columns, Dtype param_dtype) {
+inline Launch read_tables(const torch::stable::Tensor& table, const std::optional<torch::stable::Tensor>& grads,
+                          const torch::stable::Tensor& rows, const torch::stable::Tensor& next_numbers,
+                          const torch::stable::Tensor& chunks, int64_t chunk_size, int64_t n_columns, int64_t n_numbers,
+                          bool is_double) {
   using torch::headeronly::ScalarType;
-  check_table("addresses", addresses, ScalarType::Long, 2);
-  check_table("numels", numels, ScalarType::Long, 1);
-  check_table("row_of", row_of, ScalarType::Int, 1);
-  check_table("rows", rows, param_dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float, 2);
+  check_table("table", table, ScalarType::Long, 2);
+  check_table("rows", rows, is_double ? ScalarType::Double : ScalarType::Float, 2);
+  check_table("next_numbers", next_numbers, ScalarType::Double, 2);
   check_table("chunks", chunks, ScalarType::Int, 2);
-  const int64_t n_tensors = addresses.size(0);
-  STD_TORCH_CHECK(addresses.size(1) == kNumSlots && numels.numel() == n_tensors && row_of.numel() == n_tensors &&
-                      chunks.size(1) == 2,
-                  "xgrad_optim: the tables disagree about the number of tensors or slots");
-  STD_TORCH_CHECK(rows.size(1) == n_columns, "xgrad_optim: the rule has ", n_columns, " columns, the rows have ",
-                  rows.size(1));
+  const int64_t n_tensors = table.size(0);
+  if (grads) check_table("grads", *grads, ScalarType::Long, 1);
+  STD_TORCH_CHECK(table.size(1) == kLineLength && chunks.size(1) == 2 && (!grads || grads->numel() == n_tensors),
+                  "xgrad_optim: the tables disagree about the number of tensors or their lines' length");
+  STD_TORCH_CHECK(rows.size(1) == n_columns && next_numbers.size(1) == n_numbers &&
+                      next_numbers.size(0) == rows.size(0),
+                  "xgrad_optim: the rule has ", n_columns, " columns and ", n_numbers, " numbers, the rows have ",
+                  rows.size(1), " and ", next_numbers.size(1));
   STD_TORCH_CHECK(chunk_size > 0, "xgrad_optim: chunk_size must be positive, got ", chunk_size);
-  return {static_cast<const int64_t*>(addresses.const_data_ptr()),
-          static_cast<const int64_t*>(numels.const_data_ptr()),
-          static_cast<const int32_t*>(row_of.const_data_ptr()),
+  return {static_cast<const Line*>(table.const_data_ptr()),
+          grads ? static_cast<const int64_t*>(grads->const_data_ptr()) : nullptr,
           rows.const_data_ptr(),
           n_columns,
+          static_cast<const double*>(next_numbers.const_data_ptr()),
+          n_numbers,
           static_cast<const Chunk*>(chunks.const_data_ptr()),
-          chunk_size,
-          false};
+          chunk_size};
 }
 
 }  // namespace xgrad

@@ -15,12 +15,16 @@ template <class S> struct StepHyper {
 template <class Rule, class S>
 struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template DirectionHyper<S> {
   typename Rule::template DirectionHyper<S> prev;
+  bool restores, decays, predicts;  // compared with 0 here, not for each element
 
   XGRAD_HD explicit Hyper(const S* row) {
     read(row, static_cast<StepHyper<S>&>(*this));
     read(row, static_cast<typename Rule::template AccumulateHyper<S>&>(*this));
     read(row, static_cast<typename Rule::template DirectionHyper<S>&>(*this));
     read(row, prev);
+    restores = this->shift_prev != 0;  // 0 * delta may be NaN, which must not reach the weights
+    decays = this->weight_decay != 0;
+    predicts = this->shift != 0;
   }
 
   // An empty struct has a size of 1 and no columns.
@@ -29,6 +33,9 @@ struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template D
   static constexpr int kNumColumns = columns_of<StepHyper<S>>() +
                                      columns_of<typename Rule::template AccumulateHyper<S>>() +
                                      2 * columns_of<typename Rule::template DirectionHyper<S>>();
+
+  // The state's own: the step count, the mode, the shift, and what direction read for it.
+  static constexpr int kNumNumbers = 3 + columns_of<typename Rule::template DirectionHyper<S>>();
 
  private:
   template <class Part> XGRAD_HD static void read(const S*& row, Part& part) {
@@ -46,8 +53,20 @@ struct Buffers {
   bool has_grad;  // else it is a swap
   bool has_max_exp_avg_sq;
   bool has_master_weights;
-  bool trusts_master;  // the parameters hold what was made of the master weights, so they need not be read
 };
+
+// As one number: a template takes no struct before C++20.
+constexpr int kNumFlags = 8;
+XGRAD_HD constexpr int flags_of(Buffers buffers) {
+  return buffers.has_grad + 2 * buffers.has_max_exp_avg_sq + 4 * buffers.has_master_weights;
+}
+XGRAD_HD constexpr Buffers buffers_of(int flags) { return {(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0}; }
+
+// Whether any launch has them: master weights lie beside state of their own width.
+template <class Rule, class Param, class State> XGRAD_HD constexpr bool exists(Buffers buffers) {
+  return (!buffers.has_max_exp_avg_sq || Rule::kSecondMoment >= 0) &&
+         (!buffers.has_master_weights || sizeof(State) == sizeof(Compute<Param>));
+}
 
 template <class Rule, class T> struct Element {
   T param, grad, state[Rule::kNumStates], max_exp_avg_sq, master_weights;
@@ -67,34 +86,39 @@ XGRAD_HD T direction_of(const Element<Rule, T>& element, const DirectionHyper& h
   return Rule::direction(element.state, hyper);
 }
 
+// delta as predictions use it: rows that join with zeros for their state must not be moved by 0 / 0.
+template <class Rule, class T> XGRAD_HD T predicted(T delta, const Element<Rule, T>& element) {
+  const T momentum = element.state[0];
+  return momentum == 0 ? momentum : delta;
+}
+
 // theta = R(theta_hat + d): exact, because theta_hat was made from a theta for which it is.
 template <class Rule, class Param, class T, class Hyper>
 XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
   using Number = Numeric<T>;
-  const bool is_shifted = hyper.shift_prev != 0;  // 0 * delta may be NaN, which must not reach the weights
   T displacement{};
-  if (is_shifted) displacement = hyper.shift_prev * direction_of(element, hyper.prev, buffers);
+  if (hyper.restores) {
+    displacement = hyper.shift_prev * predicted(direction_of(element, hyper.prev, buffers), element);
+  }
   if (!buffers.has_master_weights) {
-    if (!is_shifted) return element.param;
+    if (!hyper.restores) return element.param;
     return Number::template round<Param>(element.param + Number::template round<Param>(displacement));
   }
   // The master stands where the parameter still holds what it made of it; a foreign write there counts.
-  if (buffers.trusts_master) return element.master_weights;
   T expected = element.master_weights, edited = element.param;
-  if (is_shifted) {
+  if (hyper.restores) {
     expected = expected - displacement;
     edited = edited + displacement;
   }
   return Number::template round<Param>(expected) == element.param ? element.master_weights : edited;
 }
 
-// Weight decay, the rule's own step, theta - step_size * delta. The state is rounded to what will be stored before
-// delta is taken of it, so that delta can be computed again.
+// Weight decay, and the state advanced with the gradient and rounded to what will be stored: delta is taken of that, so
+// that it can be computed again.
 template <class Rule, class State, class T, class Hyper>
-XGRAD_HD T update(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
+XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
   T grad = hyper.grad_factor * element.grad;
-  if (hyper.weight_decay != 0) grad = grad + hyper.weight_decay * theta;
-  theta = theta * hyper.decay_factor;
+  if (hyper.decays) grad = grad + hyper.weight_decay * theta;
   Rule::accumulate(grad, element.state, hyper);
   if constexpr (Rule::kSecondMoment >= 0) {
     if (buffers.has_max_exp_avg_sq) {
@@ -103,15 +127,15 @@ XGRAD_HD T update(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffer
     }
   }
   for (T& values : element.state) values = Numeric<T>::template round<State>(values);
-  return theta - hyper.step_size * direction_of(element, hyper, buffers);
+  return theta * hyper.decay_factor;
 }
 
 // theta_hat = R(theta - d), from the theta next to it that survives the round trip.
 template <class Rule, class Param, class T, class Hyper>
-XGRAD_HD T predict(T theta, const Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
+XGRAD_HD T predict(T theta, T delta, const Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
   using Number = Numeric<T>;
-  if (hyper.shift == 0) return theta;
-  const T displacement = hyper.shift * direction_of(element, hyper, buffers);
+  if (!hyper.predicts) return theta;
+  const T displacement = hyper.shift * predicted(delta, element);
   if (buffers.has_master_weights) return theta - displacement;
   const T d = Number::template round<Param>(displacement);
   const T there = Number::template round<Param>(theta - d);
@@ -123,13 +147,17 @@ XGRAD_HD T predict(T theta, const Element<Rule, T>& element, const Hyper& hyper,
 // `param`, which the store rounds.
 template <class Rule, class Param, class State, class T, class Hyper>
 XGRAD_HD void run_element(Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  T theta = restore<Rule, Param>(element, hyper, buffers);
+  T theta = restore<Rule, Param>(element, hyper, buffers), delta{};
   if (buffers.has_grad) {
-    theta = update<Rule, State>(theta, element, hyper, buffers);
+    theta = decay_and_accumulate<Rule, State>(theta, element, hyper, buffers);
+    delta = direction_of(element, hyper, buffers);  // once for update and prediction: a division and a root
+    theta = theta - hyper.step_size * delta;
     if (!buffers.has_master_weights) theta = Numeric<T>::template round<Param>(theta);
+  } else if (hyper.predicts) {
+    delta = direction_of(element, hyper, buffers);
   }
   element.master_weights = theta;
-  element.param = predict<Rule, Param>(theta, element, hyper, buffers);
+  element.param = predict<Rule, Param>(theta, delta, element, hyper, buffers);
 }
 
 }  // namespace XGRAD_ISA

@@ -1,14 +1,16 @@
 // The tensors of a Launch, followed from step to step: their addresses and layouts, gradients and version counters.
 //
 // The kernels are built for torch's stable ABI, which has no words for gradients and version counters. This file alone
-// is built for one torch. It computes nothing: xgrad_optim/tensor_reader.py does the same in Python where it is missing.
-#include <algorithm>
+// is built for one torch. It computes nothing: xgrad_optim/backends/addresses.py does the same in Python where it is
+// missing.
 #include <atomic>
 #include <exception>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -21,32 +23,16 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 
-constexpr int64_t kChanged = -1;
-
 constexpr int64_t kGrain = 512;  // tensors that are worth another thread: what takes time is fetching them from memory
 
 bool is_lazy(const Tensor& tensor) { return tensor.is_conj() || tensor.is_neg() || tensor._is_zerotensor(); }
 
-// Whether the elements fill one range of memory, each once, in whatever order of dimensions.
-bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> steps;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) steps.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(steps.begin(), steps.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : steps) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
+// Tensors of inference mode have no counter.
+int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
 
-// The sizes and strides of a parameter, and whether it and its buffers are one flat range each, in one order of elements.
+// The sizes and strides of a parameter, which its buffers share.
 struct Layout {
   at::DimVector sizes, strides;
-  bool is_flat;
 
   // Equal offsets are equal elements then. A dimension of one element has no stride that matters.
   bool is_of(const Tensor& tensor) const {
@@ -69,56 +55,83 @@ struct Bound {
       : tensor(std::move(bound)), address(tensor.mutable_data_ptr()), dtype(tensor.scalar_type()) {}
 };
 
+// Where the numbers of one parameter are. The state's step count stands for all its numbers: whoever gives one of them
+// other memory (`step.data = ...`, which leaves no trace but its address), does so for it, too.
+struct Numbers {
+  Tensor step;
+  size_t storage;
+  int64_t offset;  // bytes
+};
+
+// Fetching a thousand tensors from memory is most of the work: ask for those that come next before they are needed.
+void prefetch(const Tensor& tensor) {
+  const char* impl = reinterpret_cast<const char*>(tensor.unsafeGetTensorImpl());
+  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) __builtin_prefetch(impl + line);
+}
+
 class LaunchTensors : public torch::CustomClassHolder {
  public:
-  // `tensors` holds the parameters, then as many for each further slot of `slots`. The dtypes are those of real numbers:
-  // complex tensors count as twice as many, which `numels` says of each parameter.
-  LaunchTensors(const std::vector<Tensor>& tensors, std::vector<int64_t> slots, int64_t param_dtype, int64_t state_dtype,
-                const Tensor& numels, bool has_grad)
-      : slots_(std::move(slots)), n_tensors_(numels.numel()), has_grad_(has_grad) {
-    const int64_t n_slots = static_cast<int64_t>(slots_.size());
-    TORCH_CHECK(n_slots > 0 && slots_[0] == kParam && static_cast<int64_t>(tensors.size()) == n_slots * n_tensors_,
-                "LaunchTensors: expected ", n_tensors_, " tensors for each of ", n_slots, " slots, got ", tensors.size());
-    for (int64_t slot : slots_) TORCH_CHECK(0 <= slot && slot < kNumSlots, "LaunchTensors: there is no slot ", slot);
-    std::vector<ScalarType> dtypes;
-    for (int64_t slot : slots_) {
-      const auto param = static_cast<ScalarType>(param_dtype), state = static_cast<ScalarType>(state_dtype);
-      const ScalarType master = param == at::kDouble ? at::kDouble : at::kFloat;
-      dtypes.push_back(slot == kParam ? param : slot == kMasterWeights ? master : state);
+  // `tensors` holds the parameters, then as many for each further one of `columns`, the columns of the launch's table
+  // where their addresses belong. `vectors` are the numbers of each parameter, `steps` the step counts in its state,
+  // which are views of the vectors' beginnings.
+  LaunchTensors(const std::vector<Tensor>& tensors, std::vector<int64_t> columns, const std::vector<Tensor>& vectors,
+                const std::vector<Tensor>& steps, bool has_grad, bool writes_numbers)
+      : columns_(std::move(columns)), has_grad_(has_grad), writes_numbers_(writes_numbers) {
+    const int64_t n_columns = columns_.size();
+    TORCH_CHECK(n_columns > 0 && columns_[0] == 0 && tensors.size() % n_columns == 0,
+                "LaunchTensors: expected as many tensors for each column, the parameters first");
+    n_tensors_ = tensors.size() / n_columns;
+    TORCH_CHECK(static_cast<int64_t>(vectors.size()) == n_tensors_ && vectors.size() == steps.size(),
+                "LaunchTensors: expected a vector and a step count for each parameter");
+    for (const int64_t column : columns_) {
+      TORCH_CHECK(0 <= column && column <= kMasterWeightsColumn, "LaunchTensors: no column ", column);
     }
-    const int64_t* numel = table(numels, "numels", n_tensors_);
     bound_.reserve(tensors.size());
     for (int64_t i = 0; i < n_tensors_; ++i) {
-      for (int64_t s = 0; s < n_slots; ++s) bound_.emplace_back(tensors[s * n_tensors_ + i]);
+      for (int64_t c = 0; c < n_columns; ++c) bound_.emplace_back(tensors[c * n_tensors_ + i]);
       const Tensor& param = at(i, 0).tensor;
-      layouts_.push_back({at::DimVector(param.sizes()), at::DimVector(param.strides()), false});
-      layouts_[i].is_flat = is_flat(i, dtypes, numel[i]);
+      layouts_.push_back({at::DimVector(param.sizes()), at::DimVector(param.strides())});
+      add_numbers(vectors[i], steps[i]);
     }
   }
 
-  // Writes each tensor's line of addresses, zeros where it is not flat or its gradient lies otherwise, and the version
-  // counter of each parameter. Returns how many have zeros; or kChanged, where a parameter has no gradient, or a bound
-  // tensor other memory, another layout or another dtype than it had: the tables are of no use then. The gradients
-  // whose addresses it wrote are held until finish().
-  int64_t read(const Tensor& addresses, const Tensor& versions) {
-    int64_t* lines = table(addresses, "addresses", n_tensors_ * kNumSlots);
-    int64_t* version = table(versions, "versions", n_tensors_);
-    std::atomic<int64_t> n_refused{0};
-    std::atomic<bool> is_changed{false};
-    std::exception_ptr error;  // of a sparse gradient, say
+  // Writes the addresses of each tensor into its line of `table`, those of the gradients into `grad_addresses`, and into
+  // `versions` two counts for each parameter: its version counter, and those of its state buffers together. False where a
+  // parameter has no gradient that fits it, or a bound tensor other memory, another layout or another dtype than it had:
+  // the tables are of no use then. `given` stands for the parameters' own gradients. The gradients whose addresses it
+  // wrote are held until finish().
+  bool read(const Tensor& table, const Tensor& grad_addresses, const Tensor& versions,
+            const std::optional<std::vector<Tensor>>& given) {
+    int64_t* lines = numbers_of(table, "table", n_tensors_ * kLineLength);
+    int64_t* grad_address = numbers_of(grad_addresses, "grad_addresses", has_grad_ ? n_tensors_ : 0);
+    int64_t* version = numbers_of(versions, "versions", 2 * n_tensors_);
+    TORCH_CHECK(!given || static_cast<int64_t>(given->size()) == n_tensors_, "LaunchTensors: expected ", n_tensors_,
+                " gradients, got ", given ? given->size() : 0);
+    std::atomic<bool> is_changed{false}, needs_copies{false};
+    std::exception_ptr error;  // of a storage that has none, say
     std::atomic<bool> has_failed{false};
     grads_.resize(has_grad_ ? n_tensors_ : 0);
+    std::vector<const char*> memory;  // of the numbers; torch may have moved it, to share it with another process
+    for (const c10::Storage& storage : storages_) memory.push_back(static_cast<const char*>(storage.data()));
     torch::stable::parallel_for(0, n_tensors_, kGrain, [&](int64_t begin, int64_t end) {
       try {
         for (int64_t i = begin; i < end && !is_changed; ++i) {
-          const Tensor& param = at(i, 0).tensor;
-          if (has_grad_) grads_[i] = param.grad();
-          if ((has_grad_ && !grads_[i].defined()) || !is_unchanged(i)) {
+          if (i + 2 < end) prefetch_member(i + 2);
+          if (has_grad_) {
+            grads_[i] = given ? (*given)[i] : at(i, 0).tensor.grad();
+            if (!grads_[i].defined() || !matches(grads_[i], at(i, 0))) is_changed = true;
+          }
+          const char* numbers = memory[numbers_[i].storage] + numbers_[i].offset;
+          if (is_changed || !is_unchanged(i) || numbers_[i].step.const_data_ptr() != numbers) {
             is_changed = true;
             break;
           }
-          version[i] = param._version();
-          if (!read_line(i, lines + i * kNumSlots)) ++n_refused;
+          write_line(i, numbers, lines + i * kLineLength);
+          read_versions(i, version + 2 * i);
+          if (!has_grad_) continue;
+          // A gradient is only read: asking for it so keeps copy-on-write tensors from being copied.
+          grad_address[i] = reinterpret_cast<int64_t>(grads_[i].const_data_ptr());
+          if (is_lazy(grads_[i]) || !layouts_[i].is_of(grads_[i])) needs_copies = true;
         }
       } catch (...) {
         if (!has_failed.exchange(true)) error = std::current_exception();
@@ -127,17 +140,18 @@ class LaunchTensors : public torch::CustomClassHolder {
     });
     if (is_changed) grads_.clear();
     if (error) std::rethrow_exception(error);
-    return is_changed ? kChanged : n_refused.load();
+    if (!is_changed && needs_copies) copy_grads(grad_address);
+    return !is_changed;
   }
 
   // Tells autograd of a run, as torch's own in-place operators do, and lets the gradients go. Without gradients no state
-  // buffer was written. Tensors of inference mode have no counter.
+  // buffer was written.
   void finish() {
     torch::stable::parallel_for(0, n_tensors_, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        for (size_t s = 0; s < slots_.size(); ++s) {
-          const bool is_written = has_grad_ || slots_[s] == kParam || slots_[s] == kMasterWeights;
-          const Tensor& tensor = at(i, s).tensor;
+        for (size_t c = 0; c < columns_.size(); ++c) {
+          const bool is_written = has_grad_ || columns_[c] == 0 || columns_[c] == kMasterWeightsColumn;
+          const Tensor& tensor = at(i, c).tensor;
           if (is_written && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
         }
       }
@@ -145,57 +159,76 @@ class LaunchTensors : public torch::CustomClassHolder {
     grads_.clear();
   }
 
- private:
-  const Bound& at(int64_t tensor, size_t slot) const { return bound_[tensor * slots_.size() + slot]; }
+  // The counts of read() as they are now.
+  void versions(const Tensor& versions) const {
+    int64_t* version = numbers_of(versions, "versions", 2 * n_tensors_);
+    for (int64_t i = 0; i < n_tensors_; ++i) read_versions(i, version + 2 * i);
+  }
 
-  static int64_t* table(const Tensor& table, const char* name, int64_t numel) {
+ private:
+  static constexpr int64_t kMasterWeightsColumn = 1 + kMaxStates, kNumbersColumn = kLineLength - 1;
+
+  const Bound& at(int64_t tensor, size_t column) const { return bound_[tensor * columns_.size() + column]; }
+
+  static int64_t* numbers_of(const Tensor& table, const char* name, int64_t numel) {
     TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == at::kLong && table.numel() == numel,
                 "LaunchTensors: ", name, " must be a contiguous int64 CPU table of ", numel, " numbers");
     return table.mutable_data_ptr<int64_t>();
   }
 
-  bool is_flat(int64_t i, const std::vector<ScalarType>& dtypes, int64_t numel) const {
-    const Tensor& param = at(i, 0).tensor;
-    if (!is_dense(param) || param.numel() * (param.is_complex() ? 2 : 1) != numel) return false;
-    for (size_t s = 0; s < slots_.size(); ++s) {
-      const auto& [tensor, address, dtype] = at(i, s);
-      if (c10::toRealValueType(dtype) != dtypes[s] || !layouts_[i].is_of(tensor)) return false;
-      if (tensor.device() != param.device() || is_lazy(tensor)) return false;
-      if (numel != 0 && address == nullptr) return false;  // a tensor subclass without memory of its own
-    }
-    return true;
+  static bool matches(const Tensor& grad, const Bound& param) {
+    return grad.layout() == at::kStrided && grad.scalar_type() == param.dtype &&
+           grad.device() == param.tensor.device() && grad.sizes().equals(param.tensor.sizes());
   }
 
-  // A tensor that is not flat is looked at anew by whoever runs it.
   bool is_unchanged(int64_t i) const {
-    for (size_t s = 0; layouts_[i].is_flat && s < slots_.size(); ++s) {
-      const auto& [tensor, address, dtype] = at(i, s);
+    for (size_t c = 0; c < columns_.size(); ++c) {
+      const auto& [tensor, address, dtype] = at(i, c);
       const bool is_same = tensor.mutable_data_ptr() == address && tensor.scalar_type() == dtype;
       if (!is_same || is_lazy(tensor) || !layouts_[i].is_of(tensor)) return false;
     }
     return true;
   }
 
-  bool read_line(int64_t i, int64_t* line) const {
-    std::fill_n(line, static_cast<int>(kNumSlots), 0);
-    if (!layouts_[i].is_flat || (has_grad_ && !fits(grads_[i], i))) return false;
-    // A gradient is only read: asking for it so keeps copy-on-write tensors from being copied.
-    if (has_grad_) line[kGrad] = reinterpret_cast<int64_t>(grads_[i].const_data_ptr());
-    for (size_t s = 0; s < slots_.size(); ++s) line[slots_[s]] = reinterpret_cast<int64_t>(at(i, s).address);
-    return true;
+  void add_numbers(const Tensor& vector, const Tensor& step) {
+    size_t index = 0;
+    while (index < storages_.size() && !storages_[index].is_alias_of(vector.storage())) ++index;
+    if (index == storages_.size()) storages_.push_back(vector.storage());
+    numbers_.push_back({step, index, vector.storage_offset() * static_cast<int64_t>(vector.element_size())});
   }
 
-  bool fits(const Tensor& grad, int64_t i) const {
-    const auto& [param, address, dtype] = at(i, 0);
-    return grad.scalar_type() == dtype && grad.device() == param.device() && !is_lazy(grad) && layouts_[i].is_of(grad) &&
-           (grad.const_data_ptr() != nullptr || grad.numel() == 0);
+  void prefetch_member(int64_t i) const {
+    for (size_t c = 0; c < columns_.size(); ++c) prefetch(at(i, c).tensor);
+    prefetch(numbers_[i].step);
   }
 
-  std::vector<int64_t> slots_;
+  void write_line(int64_t i, const char* numbers, int64_t* line) const {
+    for (size_t c = 0; c < columns_.size(); ++c) line[columns_[c]] = reinterpret_cast<int64_t>(at(i, c).address);
+    line[kNumbersColumn] = writes_numbers_ ? reinterpret_cast<int64_t>(numbers) : 0;
+  }
+
+  void read_versions(int64_t i, int64_t* version) const {
+    version[0] = version_of(at(i, 0).tensor);
+    version[1] = 0;
+    for (size_t c = 1; c < columns_.size(); ++c) version[1] += version_of(at(i, c).tensor);
+  }
+
+  // Gradients that lie otherwise than their parameters are copied as these lie.
+  void copy_grads(int64_t* grad_address) {
+    for (int64_t i = 0; i < n_tensors_; ++i) {
+      if (!is_lazy(grads_[i]) && layouts_[i].is_of(grads_[i])) continue;
+      grads_[i] = at::empty_strided(layouts_[i].sizes, layouts_[i].strides, grads_[i].options()).copy_(grads_[i]);
+      grad_address[i] = reinterpret_cast<int64_t>(grads_[i].const_data_ptr());
+    }
+  }
+
+  std::vector<int64_t> columns_;
   int64_t n_tensors_;
-  bool has_grad_;
-  std::vector<Bound> bound_;  // a parameter and its buffers by slot, then the next parameter
+  bool has_grad_, writes_numbers_;
+  std::vector<Bound> bound_;  // a parameter and its buffers by column, then the next parameter
   std::vector<Layout> layouts_;
+  std::vector<Numbers> numbers_;
+  std::vector<c10::Storage> storages_;  // where the numbers are; few
   std::vector<Tensor> grads_;  // while a launch runs on them, another thread may take them from their parameters
 };
 
@@ -205,7 +238,9 @@ class LaunchTensors : public torch::CustomClassHolder {
 TORCH_LIBRARY_FRAGMENT(xgrad_optim, library) {
   using xgrad::LaunchTensors;
   library.class_<LaunchTensors>("LaunchTensors")
-      .def(torch::init<const std::vector<at::Tensor>&, std::vector<int64_t>, int64_t, int64_t, const at::Tensor&, bool>())
+      .def(torch::init<const std::vector<at::Tensor>&, std::vector<int64_t>, const std::vector<at::Tensor>&,
+                       const std::vector<at::Tensor>&, bool, bool>())
       .def("read", &LaunchTensors::read)
-      .def("finish", &LaunchTensors::finish);
+      .def("finish", &LaunchTensors::finish)
+      .def("versions", &LaunchTensors::versions);
 }

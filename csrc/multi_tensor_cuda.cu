@@ -1,4 +1,5 @@
-// The CUDA driver of one rule: a chunk per block, load -> restore, update, predict -> store, 16 bytes at a time.
+// The CUDA driver of one rule: a chunk per block, load -> restore, update, predict -> store, 16 bytes at a time; and
+// before it, where the numbers live on the device, a thread per tensor for its row.
 // Compiled once for each rule, with XGRAD_RULE naming it, and with -fmad=false: each operation rounds once.
 #include <cuda_runtime.h>
 
@@ -6,9 +7,6 @@
 
 namespace xgrad {
 inline namespace XGRAD_ISA {
-
-// Several such blocks fit a multiprocessor at once, and a full chunk is many rounds of one.
-constexpr int kThreads = 256;
 
 // kWidth numbers as they lie in memory, moved by one instruction.
 template <class Storage, int kWidth> struct alignas(kWidth * sizeof(Storage)) Pack {
@@ -21,23 +19,19 @@ template <class Storage, int kWidth> __device__ __forceinline__ Pack<Storage, kW
   return pack;
 }
 
-// What one kernel is made for. The flags are Buffers as one number: a template takes no struct before C++20.
+// What one kernel is made for.
 template <class Rule_, class Param_, class State_, int kFlags> struct Variant {
   using Rule = Rule_;
   using Param = Param_;
   using State = State_;
   using T = Compute<Param>;
-  static constexpr Buffers kBuffers{(kFlags & 1) != 0, (kFlags & 2) != 0, (kFlags & 4) != 0, (kFlags & 8) != 0};
+  static constexpr Buffers kBuffers = buffers_of(kFlags);
   static constexpr int kWidth = 16 / (sizeof(State) > sizeof(Param) ? sizeof(State) : sizeof(Param));
 };
 
-constexpr int flags_of(Buffers buffers) {
-  return buffers.has_grad + 2 * buffers.has_max_exp_avg_sq + 4 * buffers.has_master_weights + 8 * buffers.trusts_master;
-}
-
-// kWidth elements of every buffer, `offset` elements on from the addresses by slot.
+// kWidth elements of every buffer, `offset` elements on from where they begin.
 template <class V, int kWidth>
-__device__ __forceinline__ void run_pack(const int64_t (&home)[kNumSlots], int offset,
+__device__ __forceinline__ void run_pack(const Line& line, int64_t grad_address, int offset,
                                          const Hyper<typename V::Rule, typename V::T>& hyper) {
   using Rule = typename V::Rule;
   using Param = typename V::Param;
@@ -45,14 +39,13 @@ __device__ __forceinline__ void run_pack(const int64_t (&home)[kNumSlots], int o
   using T = typename V::T;
   using Number = Numeric<T>;
   constexpr Buffers kBuffers = V::kBuffers;
-  Pack<Param, kWidth> param{}, grad{};
+  Pack<Param, kWidth> param = *at<Param, kWidth>(line.param, offset), grad{};
   Pack<State, kWidth> state[Rule::kNumStates], max_exp_avg_sq{};
   Pack<T, kWidth> master_weights{};
-  if (!kBuffers.trusts_master) param = *at<Param, kWidth>(home[kParam], offset);
-  if (kBuffers.has_grad) grad = *at<Param, kWidth>(home[kGrad], offset);
-  for (int s = 0; s < Rule::kNumStates; ++s) state[s] = *at<State, kWidth>(home[kState0 + s], offset);
-  if (kBuffers.has_max_exp_avg_sq) max_exp_avg_sq = *at<State, kWidth>(home[kMaxExpAvgSq], offset);
-  if (kBuffers.has_master_weights) master_weights = *at<T, kWidth>(home[kMasterWeights], offset);
+  if (kBuffers.has_grad) grad = *at<Param, kWidth>(grad_address, offset);
+  for (int s = 0; s < Rule::kNumStates; ++s) state[s] = *at<State, kWidth>(line.state[s], offset);
+  if (kBuffers.has_max_exp_avg_sq) max_exp_avg_sq = *at<State, kWidth>(line.state[kMaxExpAvgSq], offset);
+  if (kBuffers.has_master_weights) master_weights = *at<T, kWidth>(line.master_weights, offset);
 
   for (int i = 0; i < kWidth; ++i) {
     Element<Rule, T> element;
@@ -68,68 +61,76 @@ __device__ __forceinline__ void run_pack(const int64_t (&home)[kNumSlots], int o
     master_weights.values[i] = element.master_weights;
   }
 
-  *at<Param, kWidth>(home[kParam], offset) = param;
-  // A swap that trusts the master weights has no cause to change them.
-  constexpr bool kWritesMaster = kBuffers.has_grad || !kBuffers.trusts_master;
-  if (kBuffers.has_master_weights && kWritesMaster) *at<T, kWidth>(home[kMasterWeights], offset) = master_weights;
+  *at<Param, kWidth>(line.param, offset) = param;
+  if (kBuffers.has_master_weights) *at<T, kWidth>(line.master_weights, offset) = master_weights;
   if constexpr (kBuffers.has_grad) {  // a swap changes no state, so it writes none
-    for (int s = 0; s < Rule::kNumStates; ++s) *at<State, kWidth>(home[kState0 + s], offset) = state[s];
-    if (kBuffers.has_max_exp_avg_sq) *at<State, kWidth>(home[kMaxExpAvgSq], offset) = max_exp_avg_sq;
+    for (int s = 0; s < Rule::kNumStates; ++s) *at<State, kWidth>(line.state[s], offset) = state[s];
+    if (kBuffers.has_max_exp_avg_sq) *at<State, kWidth>(line.state[kMaxExpAvgSq], offset) = max_exp_avg_sq;
   }
 }
 
-// The addresses of a chunk's elements by slot; 0 for a buffer that the launch does not have.
-template <class V> struct Home {
-  static constexpr int64_t kParamSize = sizeof(typename V::Param), kStateSize = sizeof(typename V::State),
-                           kMasterSize = sizeof(typename V::T);
-  int64_t addresses[kNumSlots];
+// Moves a piece's addresses on to its first element.
+template <class V> __device__ __forceinline__ void go_to_start(Piece& piece) {
+  const auto advance = [&](int64_t& address, int64_t size) { address += address == 0 ? 0 : piece.offset * size; };
+  advance(piece.line.param, sizeof(typename V::Param));
+  advance(piece.grad, sizeof(typename V::Param));
+  for (int64_t& address : piece.line.state) advance(address, sizeof(typename V::State));
+  advance(piece.line.master_weights, sizeof(typename V::T));
+}
 
-  __device__ explicit Home(const Piece& piece) {
-    constexpr int64_t kSizes[kNumSlots] = {kParamSize, kParamSize, kStateSize, kStateSize, kStateSize, kMasterSize};
-    for (int slot = 0; slot < kNumSlots; ++slot) {
-      const int64_t address = piece.addresses[slot];
-      addresses[slot] = address == 0 ? 0 : address + piece.offset * kSizes[slot];
-    }
-  }
+// Whether every buffer can be moved in packs.
+template <class V> __device__ __forceinline__ bool is_aligned(const Piece& piece) {
+  int64_t states = 0;
+  for (const int64_t address : piece.line.state) states |= address;
+  return (piece.line.param | piece.grad) % (V::kWidth * sizeof(typename V::Param)) == 0 &&
+         states % (V::kWidth * sizeof(typename V::State)) == 0 &&
+         piece.line.master_weights % (V::kWidth * sizeof(typename V::T)) == 0;
+}
 
-  // Whether every buffer can be moved in packs.
-  __device__ bool is_aligned() const {
-    const int64_t params = addresses[kParam] | addresses[kGrad];
-    const int64_t states = addresses[kState0] | addresses[kState1] | addresses[kMaxExpAvgSq];
-    return params % (V::kWidth * kParamSize) == 0 && states % (V::kWidth * kStateSize) == 0 &&
-           addresses[kMasterWeights] % (V::kWidth * kMasterSize) == 0;
-  }
-};
+// The step count and the prediction, as they are once the launch has run; a thread each, in the tensor's first block.
+template <class V> __device__ __forceinline__ void write_numbers(const Launch& launch, const Piece& piece, int thread) {
+  constexpr int kNumbers = Hyper<typename V::Rule, typename V::T>::kNumNumbers;
+  if (!piece.is_first || piece.line.numbers == 0 || thread >= kNumbers) return;
+  at<double, 1>(piece.line.numbers, thread)->values[0] = launch.next_numbers[piece.line.row * kNumbers + thread];
+}
 
 // The 1 lets a thread have the registers that it needs: with more, ptxas spills to reach a rounder number of blocks.
 template <class V> __global__ void __launch_bounds__(kThreads, 1) multi_tensor_kernel(const Launch launch) {
   using T = typename V::T;
-  const Piece piece(launch, blockIdx.x);
-  if (piece.addresses[kParam] == 0) return;
+  Piece piece(launch, blockIdx.x);
   const Hyper<typename V::Rule, T> hyper(static_cast<const T*>(launch.rows) + piece.row);
   if (hyper.is_skipped != 0) return;
-  const Home<V> home(piece);
   const int count = static_cast<int>(piece.count), thread = static_cast<int>(threadIdx.x);
-  const int packed = home.is_aligned() ? count / V::kWidth * V::kWidth : 0;
+  write_numbers<V>(launch, piece, thread);
+  go_to_start<V>(piece);
+  const int packed = is_aligned<V>(piece) ? count / V::kWidth * V::kWidth : 0;
 #pragma unroll 1  // a pack's own elements are enough to hide the latency
   for (int i = thread * V::kWidth; i < packed; i += kThreads * V::kWidth) {
-    run_pack<V, V::kWidth>(home.addresses, i, hyper);
+    run_pack<V, V::kWidth>(piece.line, piece.grad, i, hyper);
   }
 #pragma unroll 1
-  for (int i = packed + thread; i < count; i += kThreads) run_pack<V, 1>(home.addresses, i, hyper);
+  for (int i = packed + thread; i < count; i += kThreads) run_pack<V, 1>(piece.line, piece.grad, i, hyper);
+}
+
+// A thread per tensor: its row, and what its numbers will be.
+template <class Rule, class T> __global__ void make_rows_kernel(const RowsLaunch launch) {
+  const int64_t tensor = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (tensor >= launch.n_tensors) return;
+  using Columns = Hyper<Rule, T>;
+  make_row_at<Rule>(launch.is_step, launch.options + launch.group_of[tensor] * kNumOptions<Rule>,
+                    reinterpret_cast<const double*>(launch.table[tensor].numbers),
+                    static_cast<T*>(launch.rows) + tensor * Columns::kNumColumns,
+                    launch.next_numbers + tensor * Columns::kNumNumbers);
 }
 
 using KernelFunction = void (*)(Launch);
 
-// The kernel for these buffers, which are flags at run time still. Master weights lie beside state of their own width.
+// The kernel for these buffers, which are flags at run time still.
 template <class Rule, class Param, class State, int kFlags = 0> KernelFunction find_variant(Buffers buffers) {
-  constexpr bool has_max = (kFlags & 2) != 0, has_master = (kFlags & 4) != 0, trusts_master = (kFlags & 8) != 0;
-  constexpr bool exists = (!has_max || Rule::kSecondMoment >= 0) &&
-                          (!has_master || sizeof(State) == sizeof(Compute<Param>)) && (!trusts_master || has_master);
-  if constexpr (exists) {
+  if constexpr (exists<Rule, Param, State>(buffers_of(kFlags))) {
     if (kFlags == flags_of(buffers)) return multi_tensor_kernel<Variant<Rule, Param, State, kFlags>>;
   }
-  if constexpr (kFlags < 15) return find_variant<Rule, Param, State, kFlags + 1>(buffers);
+  if constexpr (kFlags + 1 < kNumFlags) return find_variant<Rule, Param, State, kFlags + 1>(buffers);
   return nullptr;
 }
 
@@ -144,20 +145,14 @@ template <class Rule> KernelFunction find_kernel(Dtype param_dtype, Dtype state_
   return find_variant<Rule, Float16, Float16>(buffers);
 }
 
-template <class Rule>
-const char* run_on_device(const Launch& launch, int64_t n_chunks, Dtype param_dtype, Dtype state_dtype, Buffers buffers,
-                          void* stream) {
-  const KernelFunction kernel = find_kernel<Rule>(param_dtype, state_dtype, buffers);
-  if (kernel == nullptr) return "there is no kernel for these dtypes and buffers";
-  if (n_chunks == 0) return nullptr;  // CUDA has no empty grid
-  void* arguments[] = {const_cast<Launch*>(&launch)};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(n_chunks)), dim3(kThreads),
-                       arguments, 0, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+template <class Rule> DeviceKernels find_kernels(Dtype param_dtype, Dtype state_dtype, Buffers buffers) {
+  void (*const make_rows)(RowsLaunch) =
+      param_dtype == Dtype::kFloat64 ? make_rows_kernel<Rule, double> : make_rows_kernel<Rule, float>;
+  const KernelFunction multi_tensor = find_kernel<Rule>(param_dtype, state_dtype, buffers);
+  return {reinterpret_cast<const void*>(multi_tensor), reinterpret_cast<const void*>(make_rows)};
 }
 
-template const char* run_on_device<XGRAD_RULE>(const Launch&, int64_t, Dtype, Dtype, Buffers, void*);
+template DeviceKernels find_kernels<XGRAD_RULE>(Dtype, Dtype, Buffers);
 
 }  // namespace XGRAD_ISA
 }  // namespace xgrad

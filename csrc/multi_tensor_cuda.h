@@ -3,15 +3,21 @@
 
 #include "element.h"
 #include "launch.h"
+#include "rows.h"
 
 namespace xgrad {
 inline namespace XGRAD_ISA {
 
-// Runs all chunks of a launch, whose tables and tensors are on the current device, on a stream of it; asynchronous.
-// Returns nullptr, or what went wrong.
-template <class Rule>
-const char* run_on_device(const Launch& launch, int64_t n_chunks, Dtype param_dtype, Dtype state_dtype, Buffers buffers,
-                          void* stream);
+// Of a block. Several such blocks fit a multiprocessor at once, and a full chunk is many rounds of one.
+constexpr int kThreads = 256;
+
+// What cudaLaunchKernel takes; nullptr where there is no kernel for these dtypes and buffers.
+struct DeviceKernels {
+  const void* multi_tensor;  // of a Launch, a block per chunk
+  const void* make_rows;     // of a RowsLaunch, a thread per tensor
+};
+
+template <class Rule> DeviceKernels find_kernels(Dtype param_dtype, Dtype state_dtype, Buffers buffers);
 
 }  // namespace XGRAD_ISA
 }  // namespace xgrad

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -65,15 +66,35 @@ template <class F, class U> XGRAD_HD F widen(U half, Float16) {
 #endif
 }
 
+// A float's bits to those of the nearest BFloat16, which are their upper half; ties to even. A NaN must be a clean one,
+// whose lower half is 0: in another the carry might run through the exponent.
+template <class U> XGRAD_HD U round_to_upper_half(U bits) {
+  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
+}
+
+// The BFloat16 that a float is; any NaN the quiet one that torch writes.
+template <class U, class F> XGRAD_HD U upper_half(F x) {
+  const U quiet_nan = U{} + 0x7FC0u;
+  return x != x ? quiet_nan : bit_cast<U>(x) >> 16;
+}
+
+// The number with a clean NaN, where numbers are rounded to Storage. No operation makes others of clean ones.
+template <class Storage, class T> XGRAD_HD T clean(T x) {
+  if constexpr (std::is_same<Storage, BFloat16>::value) {
+    const T quiet_nan = T{} + __builtin_nanf("");
+    return x != x ? quiet_nan : x;
+  } else {
+    return x;
+  }
+}
+
 // A float to the nearest 16-bit number, ties to even; any NaN to the quiet one that torch writes.
 template <class U, class F> XGRAD_HD U narrow(F x, BFloat16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
-  const U bits = bit_cast<U>(x);
-  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const U quiet_nan = U{} + 0x7FC0u;
-  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded;
+  return x != x ? quiet_nan : round_to_upper_half(bit_cast<U>(x)) >> 16;
 #endif
 }
 
@@ -123,6 +144,17 @@ template <> struct Numeric<float> {
     address->bits = static_cast<uint16_t>(narrow<uint32_t>(x, Half{}));
   }
 };
+
+// base^exponent by repeated squaring, each product rounded once: the same bits wherever it runs, which no library's pow
+// promises.
+XGRAD_HD double power(double base, int64_t exponent) {
+  double result = 1;
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) result = result * base;
+    base = base * base;
+  }
+  return result;
+}
 
 // NaN where either is, as torch.maximum.
 template <class T> XGRAD_HD T maximum(T a, T b) { return a != a ? a : (a > b ? a : b); }

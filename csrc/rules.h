@@ -3,9 +3,12 @@
 //
 // T is a number or a vector of numbers, S the number. Compile with -ffp-contract=off (CUDA: -fmad=false).
 //
-// A rule declares the columns of its rows (`accumulate_columns`, `direction_columns` of xgrad_optim/rule.py, in order)
+// A rule declares its options and the columns of its rows (`options`, `accumulate_columns` and `direction_columns` of
+// xgrad_optim/rule.py, in order)
+//   coefficients(options, step, row) fills the rule's columns, and step_size, for the step of this number, from 1
 //   accumulate(grad, state, hyper)   advance the state with this gradient
 //   direction(state, hyper)          delta, the update direction
+// Its first state is the momentum, which has no displacement where it is 0.
 #pragma once
 
 #include "numeric.h"
@@ -18,10 +21,19 @@ struct Sgdm {
   static constexpr int kMomentumBuffer = 0, kNumStates = 1;
   static constexpr int kSecondMoment = -1;  // no amsgrad
 
+  struct Options {
+    double lr, momentum, dampening;
+  };
   template <class S> struct AccumulateHyper {
     S momentum, one_minus_dampening;
   };
   template <class S> struct DirectionHyper {};
+
+  template <class Row> XGRAD_HD static void coefficients(const Options& options, double step, Row& row) {
+    row.step_size = options.lr;
+    row.momentum = step > 1 ? options.momentum : 0;  // the first step has no buffer yet
+    row.one_minus_dampening = 1 - options.dampening;
+  }
 
   template <class T, class Hyper> XGRAD_HD static void accumulate(T grad, T (&state)[kNumStates], const Hyper& hyper) {
     T& momentum_buffer = state[kMomentumBuffer];
@@ -41,6 +53,20 @@ struct Sgdm {
 struct TwoMoments {
   static constexpr int kExpAvg = 0, kExpAvgSq = 1, kNumStates = 2;
   static constexpr int kSecondMoment = kExpAvgSq;  // amsgrad keeps the running maximum of it
+
+  struct Options {
+    double lr, beta1, beta2, eps;
+  };
+
+  template <class Row> XGRAD_HD static void coefficients(const Options& options, double step, Row& row) {
+    const int64_t t = static_cast<int64_t>(step);
+    row.step_size = options.lr / (1 - power(options.beta1, t));
+    row.one_minus_beta1 = 1 - options.beta1;
+    row.beta2 = options.beta2;
+    row.one_minus_beta2 = 1 - options.beta2;
+    row.rsqrt_bias_correction2 = 1 / Numeric<double>::square_root(1 - power(options.beta2, t));
+    row.eps = options.eps;
+  }
 };
 
 struct Adam : TwoMoments {
@@ -89,7 +115,9 @@ struct AdaM3 : TwoMoments {
   }
 
   template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
-    return state[kExpAvg] / (Numeric<T>::square_root(state[kExpAvgSq]) * hyper.rsqrt_bias_correction2);
+    const T denom = Numeric<T>::square_root(state[kExpAvgSq]) * hyper.rsqrt_bias_correction2;
+    const T one = T{} + 1;
+    return state[kExpAvg] / (state[kExpAvg] == 0 ? one : denom);  // zero momentum stays zero, over a zero too
   }
 };
 

@@ -1,7 +1,7 @@
 """What a launch does to a block of elements, whatever the rule: restore, update, predict. No loads, no stores.
 
-The Triton text of csrc/element.h, in the same order of operations. What the launch does not have, or need not read, is
-None and decided at compile time; a number of the row is tested as the kernel runs, so that its value compiles nothing.
+The Triton text of csrc/element.h, in the same order of operations. What the launch does not have is None, at compile
+time. Row values are tested at run time, so a new value never recompiles.
 """
 
 import triton
@@ -24,24 +24,33 @@ def direction_of(state, hyper, DIRECTION: tl.constexpr):
 
 
 @triton.jit
+def predicted_direction(delta, momentum):
+    """delta for a displacement: rows that join with zeros for their state must not be moved by 0 / 0."""
+    return tl.where(momentum == 0, momentum, delta)
+
+
+@triton.jit
 def maximum(a, b):
     """NaN where either is, as torch.maximum."""
     return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
-def restore(param, master_weights, delta, shift_prev, PARAM: tl.constexpr):
+def restore(param, master_weights, state, hyper, shift_prev, DIRECTION: tl.constexpr, PARAM: tl.constexpr):
     """theta = R(theta_hat + d): exact, because theta_hat was made from a theta for which it is."""
-    is_shifted = shift_prev != 0  # 0 * delta may be NaN, which must not reach the weights
-    displacement = shift_prev * delta
+    expected, theta = master_weights, param
+    if shift_prev != 0:  # 0 * delta may be NaN, which must not reach the weights
+        displacement = shift_prev * predicted_direction(direction_of(state, hyper, DIRECTION), state[0])
+        if master_weights is None:
+            theta = round_to(param + round_to(displacement, PARAM), PARAM)
+        else:
+            expected = master_weights - displacement
+            theta = param + displacement
     if master_weights is None:
-        theta = round_to(param + round_to(displacement, PARAM), PARAM)
-        return tl.where(is_shifted, theta, param)
+        return theta
     else:
         # The master stands where the parameter still holds what it made of it; a foreign write there counts.
-        expected = tl.where(is_shifted, master_weights - displacement, master_weights)
-        edited = tl.where(is_shifted, param + displacement, param)
-        return tl.where(round_to(expected, PARAM) == param, master_weights, edited)
+        return tl.where(round_to(expected, PARAM) == param, master_weights, theta)
 
 
 @triton.jit
@@ -90,7 +99,6 @@ def run_element(
     """The new parameter, state and theta, which is the new master.
 
     Args:
-        param: None where the master weights are trusted: it holds what was made of them.
         grad: None for a swap.
         state: the rule's buffers, and amsgrad's running maximum where there is one.
         master_weights: None where there are none.
@@ -99,10 +107,7 @@ def run_element(
     """
     step, hyper, direction_hyper, direction_hyper_prev = numbers
     _, _, _, decay_factor, step_size, shift, shift_prev = step
-    if param is None:
-        theta = master_weights
-    else:
-        theta = restore(param, master_weights, direction_of(state, direction_hyper_prev, DIRECTION), shift_prev, PARAM)
+    theta = restore(param, master_weights, state, direction_hyper_prev, shift_prev, DIRECTION, PARAM)
     if grad is not None:
         state = advance(grad, theta, state, step, hyper, ACCUMULATE, STATE)
     delta = direction_of(state, direction_hyper, DIRECTION)
@@ -110,4 +115,6 @@ def run_element(
         theta = theta * decay_factor - step_size * delta
         if master_weights is None:
             theta = round_to(theta, PARAM)
+    else:
+        delta = predicted_direction(delta, state[0])
     return predict(theta, delta, shift, master_weights is not None, PARAM), state, theta

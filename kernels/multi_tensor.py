@@ -6,24 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
-from xgrad_optim import backend_device
-from xgrad_optim.device_tables import Uploaded
+from xgrad_optim.backends.gpu import GpuRunner, Uploaded
+from xgrad_optim.kernels import rows
 from xgrad_optim.kernels.element import run_element
 from xgrad_optim.kernels.rules import RULES
-from xgrad_optim.launch import Launch
+from xgrad_optim.launch import COLUMNS, LINE_LENGTH, NUMBERS, NUMEL, ROW, Launch
+from xgrad_optim.numbers import DeviceNumbers, Numbers
 from xgrad_optim.numeric import COMPUTE_DTYPES
 from xgrad_optim.rule import STEP_COLUMNS, Rule
-from xgrad_optim.tensor_reader import SLOTS
-
-DEVICES = ("cuda", "xpu")
-"""Types of devices that Triton compiles for; ROCm's GPUs are "cuda" to torch."""
 
 BLOCK_BYTES = 2048
 """A block of a tensor, in the compute type: what a program works on at a time. Each of its 128 threads has 16 bytes,
 the widest access there is, and so few registers that many programs share a multiprocessor."""
 
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-"""4 warps of 32 threads. No stages: other programs run while one waits for memory. No fusion: each operation rounds."""
+THREADS = 128
+"""Of a program: 4 warps on NVIDIA's GPUs, 2 on AMD's with warps of 64."""
+
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+"""No stages: other programs run while one waits for memory. No fusion: each operation rounds."""
 
 DTYPES = {
     torch.float64: tl.float64,
@@ -32,11 +32,13 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-PARAM_SLOT = tl.constexpr(SLOTS["param"])
-GRAD_SLOT = tl.constexpr(SLOTS["grad"])
-STATE_SLOT = tl.constexpr(SLOTS["exp_avg"])  # and exp_avg_sq and max_exp_avg_sq after it
-MASTER_WEIGHTS_SLOT = tl.constexpr(SLOTS["master_weights"])
-N_SLOTS = tl.constexpr(max(SLOTS.values()) + 1)
+PARAM_COLUMN = tl.constexpr(COLUMNS["param"])
+STATE_COLUMN = tl.constexpr(COLUMNS["exp_avg"])  # and exp_avg_sq and max_exp_avg_sq after it
+MASTER_WEIGHTS_COLUMN = tl.constexpr(COLUMNS["master_weights"])
+NUMEL_COLUMN = tl.constexpr(NUMEL)
+ROW_COLUMN = tl.constexpr(ROW)
+NUMBERS_COLUMN = tl.constexpr(NUMBERS)
+N_COLUMNS = tl.constexpr(LINE_LENGTH)
 N_STEP_COLUMNS = tl.constexpr(len(STEP_COLUMNS))
 
 ALIGNMENT = tl.constexpr(16)
@@ -64,6 +66,14 @@ def load_row(row_ptr, N_ACCUMULATE: tl.constexpr, N_DIRECTION: tl.constexpr):
 
 
 @triton.jit
+def write_numbers(address, next_numbers_ptr, row, COUNT: tl.constexpr):
+    """The step count and the prediction, as they are once the launch has run."""
+    numbers_ptr = address.to(tl.pointer_type(tl.float64))
+    for i in tl.static_range(COUNT):
+        tl.store(numbers_ptr + i, tl.load(next_numbers_ptr + row * COUNT + i))
+
+
+@triton.jit
 def buffer_of(address, offset, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     """A pointer to the element at this offset. An address from a table has no alignment, the compiler must be told."""
     buffer_ptr = (address + offset * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
@@ -73,17 +83,14 @@ def buffer_of(address, offset, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def run_block(
-    buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr, TRUSTS_MASTER: tl.constexpr
-):
+def run_block(buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr):
     """Load, run, store."""
     param_ptr, grad_ptr, state_ptrs, master_weights_ptr = buffers
     PARAM: tl.constexpr = param_ptr.dtype.element_ty
     STATE: tl.constexpr = state_ptrs[0].dtype.element_ty
     COMPUTE: tl.constexpr = numbers[0][0].dtype
-    param, grad, state, master_weights = None, None, (), None
-    if not TRUSTS_MASTER:
-        param = tl.load(param_ptr + elements, mask).to(COMPUTE)
+    grad, state, master_weights = None, (), None
+    param = tl.load(param_ptr + elements, mask).to(COMPUTE)
     if grad_ptr is not None:
         grad = tl.load(grad_ptr + elements, mask).to(COMPUTE)
     for i in tl.static_range(len(state_ptrs)):
@@ -91,21 +98,20 @@ def run_block(
     if master_weights_ptr is not None:
         master_weights = tl.load(master_weights_ptr + elements, mask)
 
-    param, state, theta = run_element(
-        param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, PARAM, STATE
-    )
+    param, state, theta = run_element(param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, PARAM, STATE)
 
     tl.store(param_ptr + elements, param.to(PARAM), mask)
     if grad_ptr is not None:  # a swap changes no state
         for i in tl.static_range(len(state_ptrs)):
             tl.store(state_ptrs[i] + elements, state[i].to(STATE), mask)
-    if master_weights_ptr is not None and (grad_ptr is not None or not TRUSTS_MASTER):
+    if master_weights_ptr is not None:
         tl.store(master_weights_ptr + elements, theta, mask)
 
 
 @triton.jit
 def run_blocks(
-    addresses,
+    line,
+    grad_address,
     offset,
     start,
     end,
@@ -116,35 +122,33 @@ def run_blocks(
     N_STATES: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
     HAS_MASTER_WEIGHTS: tl.constexpr,
-    TRUSTS_MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
     """Blocks from `start` to `end` of the chunk at this offset: whole and aligned ones, or any."""
     COMPUTE: tl.constexpr = numbers[0][0].dtype
-    param_ptr = buffer_of(addresses[PARAM_SLOT], offset, PARAM, IS_WHOLE)
+    param_ptr = buffer_of(line[PARAM_COLUMN], offset, PARAM, IS_WHOLE)
     grad_ptr, state_ptrs, master_weights_ptr = None, (), None
-    if HAS_GRAD:
-        grad_ptr = buffer_of(addresses[GRAD_SLOT], offset, PARAM, IS_WHOLE)
+    if grad_address is not None:
+        grad_ptr = buffer_of(grad_address, offset, PARAM, IS_WHOLE)
     for i in tl.static_range(N_STATES):
-        state_ptrs += (buffer_of(addresses[STATE_SLOT + i], offset, STATE, IS_WHOLE),)
+        state_ptrs += (buffer_of(line[STATE_COLUMN + i], offset, STATE, IS_WHOLE),)
     if HAS_MASTER_WEIGHTS:
-        master_weights_ptr = buffer_of(addresses[MASTER_WEIGHTS_SLOT], offset, COMPUTE, IS_WHOLE)
+        master_weights_ptr = buffer_of(line[MASTER_WEIGHTS_COLUMN], offset, COMPUTE, IS_WHOLE)
     buffers = param_ptr, grad_ptr, state_ptrs, master_weights_ptr
     for first in range(start, end, BLOCK):
         elements = first + tl.arange(0, BLOCK)
         mask = None if IS_WHOLE else elements < count
-        run_block(buffers, elements, mask, numbers, ACCUMULATE, DIRECTION, TRUSTS_MASTER)
+        run_block(buffers, elements, mask, numbers, ACCUMULATE, DIRECTION)
 
 
 @triton.jit(do_not_specialize=["chunk_size"])
 def multi_tensor_kernel(
-    addresses_ptr,
-    numels_ptr,
-    row_of_ptr,
+    table_ptr,
+    grads_ptr,
     rows_ptr,
+    next_numbers_ptr,
     chunks_ptr,
     chunk_size,
     ACCUMULATE: tl.constexpr,
@@ -154,78 +158,149 @@ def multi_tensor_kernel(
     N_DIRECTION: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
     HAS_MASTER_WEIGHTS: tl.constexpr,
-    TRUSTS_MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    chunk_ptr = chunks_ptr + 2 * tl.program_id(0)
-    tensor = tl.load(chunk_ptr).to(tl.int64)
-    offset = tl.load(chunk_ptr + 1).to(tl.int64) * chunk_size
-    count = tl.minimum(tl.load(numels_ptr + tensor) - offset, chunk_size).to(tl.int32)
-    addresses = load_numbers(addresses_ptr + tensor * N_SLOTS, N_SLOTS)
+    # One load of 8 bytes for the tensor and the index of the chunk in it, in this order in memory.
+    chunk = tl.load(chunks_ptr.to(tl.pointer_type(tl.int64)) + tl.program_id(0))
+    tensor, index = chunk & 0xFFFFFFFF, chunk >> 32
+    offset = index * chunk_size
+    line = load_numbers(table_ptr + tensor * N_COLUMNS, N_COLUMNS)
+    grad_address = None
+    if grads_ptr is not None:
+        grad_address = tl.load(grads_ptr + tensor)
+    count = tl.minimum(line[NUMEL_COLUMN] - offset, chunk_size).to(tl.int32)
+    row = line[ROW_COLUMN]
     n_columns = N_STEP_COLUMNS + N_ACCUMULATE + 2 * N_DIRECTION
-    numbers = load_row(rows_ptr + tl.load(row_of_ptr + tensor) * n_columns, N_ACCUMULATE, N_DIRECTION)
-    is_skipped = numbers[0][0] != 0
-    if (addresses[PARAM_SLOT] == 0) | is_skipped:
+    numbers = load_row(rows_ptr + row * n_columns, N_ACCUMULATE, N_DIRECTION)
+    if numbers[0][0] != 0:  # is_skipped
         return
+    if (index == 0) & (line[NUMBERS_COLUMN] != 0):
+        write_numbers(line[NUMBERS_COLUMN], next_numbers_ptr, row, 3 + N_DIRECTION)
     # Offsets are multiples of 16 bytes unless somebody chose an odd chunk size; 2 bytes is the smallest element.
     bits = offset * 2
-    for slot in tl.static_range(N_SLOTS):
-        bits = bits | addresses[slot]
+    for column in tl.static_range(MASTER_WEIGHTS_COLUMN + 1):
+        bits = bits | line[column]
+    if grad_address is not None:
+        bits = bits | grad_address
     end_of_whole = tl.where(bits % ALIGNMENT == 0, count // BLOCK * BLOCK, 0)
-    run_blocks(addresses, offset, 0, end_of_whole, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM, STATE,
-               HAS_GRAD, HAS_MASTER_WEIGHTS, TRUSTS_MASTER, BLOCK, True)  # fmt: skip
-    run_blocks(addresses, offset, end_of_whole, count, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM, STATE,
-               HAS_GRAD, HAS_MASTER_WEIGHTS, TRUSTS_MASTER, BLOCK // 2, False)  # fmt: skip
+    run_blocks(line, grad_address, offset, 0, end_of_whole, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM,
+               STATE, HAS_MASTER_WEIGHTS, BLOCK, True)  # fmt: skip
+    run_blocks(line, grad_address, offset, end_of_whole, count, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM,
+               STATE, HAS_MASTER_WEIGHTS, BLOCK // 2, False)  # fmt: skip
 
 
 def unavailable() -> str | None:
-    """Why this machine can't run it: the kernel needs a GPU, unless it is interpreted (TRITON_INTERPRET=1)."""
-    if _runs_on_cpu():
+    """Why this machine can't run it: it needs a GPU that Triton's driver serves, unless it is interpreted."""
+    if _is_interpreted():
         return None
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not torch.accelerator.is_available():
-        return "this machine has no GPU that torch can use"
-    return None if accelerator.type in DEVICES else f"it does not serve {accelerator.type}"
+    try:
+        triton.runtime.driver.active.get_active_torch_device()
+    except Exception as error:  # whatever stands between Triton and a GPU: none is there, no compiler, no libcuda
+        return f"Triton has no driver here: {_first_line(error)}"
+    return None
 
 
 def why_not(launch: Launch) -> str | None:
-    return launch.why_no_kernel(("cpu",) if _runs_on_cpu() else DEVICES)
+    if _is_interpreted():
+        return launch.why_no_kernel(("cpu",))
+    if launch.device.type == "cpu":
+        return "parameters are on cpu, it runs on GPUs"
+    if unavailable():
+        return None  # which says more than that it does not serve the device
+    return launch.why_no_kernel((triton.runtime.driver.active.get_active_torch_device().type,))
 
 
-prepare = backend_device.prepare
+def bind(launch: Launch, numbers: Numbers) -> GpuRunner:
+    """A runner whose kernels are compiled.
+
+    Raises:
+        RuntimeError: they can't be; the text says why. Triton's launcher needs a C compiler, for one.
+    """
+    kernels = Kernels(launch)
+    try:
+        kernels.compile(makes_rows=isinstance(numbers, DeviceNumbers))
+    except Exception as error:
+        raise RuntimeError(f"Triton can't compile its kernels: {_first_line(error)}") from error
+    return GpuRunner(launch, numbers, kernels)
 
 
-def run(launch: Launch) -> bool:
-    """Restore, update where there are gradients, and predict every tensor of the launch."""
-    return backend_device.run(launch, run_kernel)
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def run_kernel(launch: Launch, uploaded: Uploaded) -> None:
-    """One launch on the current stream, with a program for each chunk."""
-    tables, constants = launch.tables, variant_of(launch)
-    options = nvidia_options(constants) if torch.version.cuda else OPTIONS
-    multi_tensor_kernel[(len(tables.chunks),)](*uploaded, tables.chunk_size, **constants, **options)
+class Kernels:
+    """The two kernels as this launch needs them, on the current stream."""
+
+    def __init__(self, launch: Launch) -> None:
+        has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
+        self._constants = variant(launch.rule, launch.dtype, launch.state_dtype, has_max, has_master)
+        self._options = options_of(self._constants)
+        self._rows_constants = rows_variant(launch.rule, launch.has_grad)
+        self._launch = launch
+
+    def compile(self, makes_rows: bool) -> None:
+        """Compile now what a step would compile else, when half of it may have been written."""
+        if _is_interpreted():
+            return
+        grads = torch.int64 if self._launch.has_grad else None
+        dtypes = (torch.int64, grads, self._launch.compute_dtype, torch.float64, torch.int32, 1)
+        compiled = [multi_tensor_kernel.warmup(*dtypes, grid=(1,), **self._constants, **self._options)]
+        if makes_rows:
+            dtypes = (torch.int64, torch.int64, torch.int64, self._launch.compute_dtype, torch.float64, 1)
+            compiled.append(rows.make_rows_kernel.warmup(*dtypes, grid=(1,), **self._rows_constants, **rows.OPTIONS))
+        for kernel in compiled:
+            kernel._init_handles()  # the launcher, too
+
+    def make_rows(self, launch: Launch, uploaded: Uploaded) -> None:
+        n_tensors = len(launch.params)
+        rows.make_rows_kernel[(-(-n_tensors // rows.BLOCK),)](
+            uploaded.table,
+            uploaded.group_of,
+            uploaded.options,
+            uploaded.rows,
+            uploaded.next_numbers,
+            n_tensors,
+            **self._rows_constants,
+            **rows.OPTIONS,
+        )
+
+    def run(self, launch: Launch, uploaded: Uploaded) -> object:
+        return multi_tensor_kernel[(len(uploaded.chunks),)](
+            uploaded.table,
+            uploaded.grads,
+            uploaded.rows,
+            uploaded.next_numbers,
+            uploaded.chunks,
+            launch.tables.chunk_size,
+            **self._constants,
+            **self._options,
+        )
 
 
-def nvidia_options(constants: dict[str, Any]) -> dict[str, Any]:
-    """The options, with room for the largest variants: there NVIDIA's assembler spills an address to save registers."""
+def options_of(constants: dict[str, Any]) -> dict[str, Any]:
+    """The compiler's options on this machine."""
+    if _is_interpreted():
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    return options_for(target.backend, target.warp_size, constants)
+
+
+def options_for(backend: str, warp_size: int, constants: dict[str, Any]) -> dict[str, Any]:
+    options = {**OPTIONS, "num_warps": THREADS // warp_size}
     is_large = constants["PARAM"] == tl.float64 or (constants["N_STATES"] == 3 and constants["HAS_MASTER_WEIGHTS"])
-    return {**OPTIONS, "maxnreg": 128} if is_large else OPTIONS
+    if backend == "cuda":
+        # Without a number NVIDIA's assembler spills an address here and there, to save registers that it has. With 72,
+        # 7 programs share a multiprocessor.
+        options["maxnreg"] = 128 if is_large else 72
+    return options
 
 
 def variant(
-    rule: Rule,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    has_grad: bool,
-    has_max_exp_avg_sq: bool,
-    has_master_weights: bool,
-    trusts_master: bool,
+    rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype, has_max_exp_avg_sq: bool, has_master_weights: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for. No number of the rows is among it, nor how many tensors there are."""
-    accumulate, direction = RULES[rule.name]
+    _, accumulate, direction = RULES[rule.name]
     return {
         "ACCUMULATE": accumulate,
         "DIRECTION": direction,
@@ -234,19 +309,23 @@ def variant(
         "N_DIRECTION": len(rule.direction_columns),
         "PARAM": DTYPES[dtype],
         "STATE": DTYPES[state_dtype],
-        "HAS_GRAD": has_grad,
         "HAS_MASTER_WEIGHTS": has_master_weights,
-        "TRUSTS_MASTER": trusts_master,
         "BLOCK": BLOCK_BYTES // COMPUTE_DTYPES[dtype].itemsize,
     }
 
 
-def variant_of(launch: Launch) -> dict[str, Any]:
-    has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
-    has_grad, trusts = launch.has_grad, launch.trusts_master and has_master
-    return variant(launch.rule, launch.dtype, launch.state_dtype, has_grad, has_max, has_master, trusts)
+def rows_variant(rule: Rule, is_step: bool) -> dict[str, Any]:
+    """As `variant`, for the kernel that makes the rows."""
+    return {
+        "COEFFICIENTS": RULES[rule.name][0],
+        "N_OPTIONS": len(rule.options),
+        "N_ACCUMULATE": len(rule.accumulate_columns),
+        "N_DIRECTION": len(rule.direction_columns),
+        "IS_STEP": is_step,
+        "BLOCK": rows.BLOCK,
+    }
 
 
-def _runs_on_cpu() -> bool:
-    """Whether the kernel is not one that a GPU executes, but what stands in for it in tests."""
+def _is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 lets the kernel run on CPU tensors."""
     return not isinstance(multi_tensor_kernel, triton.JITFunction)

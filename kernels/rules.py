@@ -1,11 +1,14 @@
 """Each rule's math as Triton functions of one block, in the order of operations of csrc/rules.h.
 
+    coefficients(options, step) -> step_size, accumulate's numbers, direction's
     accumulate(grad, state, hyper) -> state    advance the state with this gradient
     direction(state, hyper) -> delta           the update direction
 
-`state` is a tuple of blocks in the order of the rule's `state_keys` (xgrad_optim/rule.py). `hyper` is one of numbers:
-for direction its `direction_columns`, for accumulate its `accumulate_columns` and then these. Each operation rounds
-once: compile with `enable_fp_fusion=False`.
+`options` is a tuple in the order of the rule's `options`, of float64 numbers, as are the coefficients.
+
+`state` is a tuple of blocks in the order of the rule's `state_keys` (xgrad_optim/rule.py), the momentum first. `hyper`
+is one of numbers: for direction its `direction_columns`, for accumulate its `accumulate_columns` and then these. Each
+operation rounds once: compile with `enable_fp_fusion=False`.
 """
 
 import triton
@@ -28,6 +31,40 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def power(base, exponent):
+    """base**exponent by repeated squaring, each product rounded once: the bits of csrc/numeric.h."""
+    result = tl.full(base.shape, 1.0, base.dtype)
+    while tl.max(exponent) > 0:
+        result = tl.where(exponent % 2 == 1, result * base, result)
+        base = base * base
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit
+def sgdm_coefficients(options, step):
+    lr, momentum, dampening = options
+    # The first step has no buffer yet.
+    return lr, (tl.where(step > 1, momentum, 0.0), 1.0 - dampening), ()
+
+
+@triton.jit
+def adam_coefficients(options, step):
+    """The numbers of the whole Adam family."""
+    lr, beta1, beta2, eps = options
+    t = step.to(tl.int64)
+    step_size = lr / (1.0 - power(beta1, t))
+    rsqrt_bias_correction2 = 1.0 / sqrt(1.0 - power(beta2, t))
+    return step_size, (1.0 - beta1, beta2, 1.0 - beta2), (rsqrt_bias_correction2, eps)
+
+
+@triton.jit
+def adam3_coefficients(options, step):
+    step_size, accumulate, direction = adam_coefficients(options, step)
+    return step_size, (accumulate[0], accumulate[1], accumulate[2], options[3]), (direction[0],)
 
 
 @triton.jit
@@ -81,13 +118,14 @@ def adam3_accumulate(grad, state, hyper):
 def adam3_direction(state, hyper):
     exp_avg, exp_avg_sq = state
     (rsqrt_bias_correction2,) = hyper
-    return divide(exp_avg, sqrt(exp_avg_sq) * rsqrt_bias_correction2)
+    # Zero momentum stays zero, over a second moment of zero too.
+    return divide(exp_avg, tl.where(exp_avg == 0, 1.0, sqrt(exp_avg_sq) * rsqrt_bias_correction2))
 
 
 RULES = {
-    "sgdm": (sgdm_accumulate, sgdm_direction),
-    "adam": (adam_accumulate, adam_direction),
-    "adabelief": (adabelief_accumulate, adam_direction),
-    "adam3": (adam3_accumulate, adam3_direction),
+    "sgdm": (sgdm_coefficients, sgdm_accumulate, sgdm_direction),
+    "adam": (adam_coefficients, adam_accumulate, adam_direction),
+    "adabelief": (adam_coefficients, adabelief_accumulate, adam_direction),
+    "adam3": (adam3_coefficients, adam3_accumulate, adam3_direction),
 }
-"""The pair of functions by the rule's name."""
+"""The three functions by the rule's name."""

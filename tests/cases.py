@@ -77,9 +77,7 @@ def loss_of(model: torch.nn.Module, step: int, share: slice = slice(None)) -> to
     return ((model(x[share]) - y[share]) ** 2).mean()
 
 
-def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, share: slice = slice(None)
-) -> None:
+def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, share: slice = slice(None)) -> None:
     optimizer.zero_grad()
     loss_of(model, step, share).backward()
     optimizer.step()

@@ -16,6 +16,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--only-backend", choices=backends.NAMES, help="the only back end that is available")
+    parser.addoption("--every-interrupt", action="store_true", help="interrupt every visit of every line")
+    parser.addoption("--all-variants", action="store_true", help="compile and simulate every kernel for every GPU")
+    parser.addoption("--memory-rounds", type=int, default=600, help="rounds of each act in tests/test_memory.py")
+    parser.addoption("--stateful-examples", type=int, default=300, help="sequences of tests/test_stateful.py")
+
+
+@pytest.fixture
+def are_all_variants(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--all-variants"))
+
+
+@pytest.fixture
+def every_interrupt(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--every-interrupt"))
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,12 @@ class Instruction:
     operands: str
 
     @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.fullmatch(r"(?:\S+,\s*)?(0x[0-9a-f]+)\s*", self.operands)
+        return int(found[1], 16) if self.opcode.split(".")[0] == "BRA" and found else None
+
+    @property
     def width(self) -> int | None:
         """Bytes that a thread moves, of an access to global memory."""
         kind, *modifiers = self.opcode.split(".")
@@ -69,11 +75,30 @@ class MachineCode:
         """
         loops = []
         for end, branch in enumerate(self.instructions):
-            target = re.fullmatch(r"(?:\S+,\s*)?(0x[0-9a-f]+)\s*", branch.operands)
-            if branch.opcode.split(".")[0] == "BRA" and target and int(target[1], 16) < branch.address:
-                start = next(k for k, i in enumerate(self.instructions) if i.address >= int(target[1], 16))
+            target = branch.target
+            if target is not None and target < branch.address:
+                start = next(k for k, i in enumerate(self.instructions) if i.address >= target)
                 loops.append(self.instructions[start : end + 1])
         return loops
+
+    def issue_slots(self, restores: bool) -> int:
+        """Instructions that a thread executes in one round of the main loop, with a prediction to undo or without.
+
+        The rare cases of divisions and roots, which are calls, are stepped over.
+        """
+        loop = {instruction.address: index for index, instruction in enumerate(self.main_loop)}
+        count = index = 0
+        while index < len(loop):
+            instruction = self.main_loop[index]
+            target = loop.get(instruction.target or -1, -1)
+            count, index = count + 1, index + 1
+            if target <= index:  # no branch, or the one that ends the round
+                continue
+            skipped = {each.opcode.split(".")[0] for each in self.main_loop[index:target]}
+            is_rare_case = "CALL" in skipped and "BSSY" not in skipped
+            if is_rare_case or not restores:
+                index = target
+        return count
 
     @property
     def main_loop(self) -> tuple[Instruction, ...]:

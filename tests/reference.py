@@ -79,7 +79,7 @@ class Reference:
             self._settle(index)
 
     def _settle(self, index: int) -> None:
-        """Round theta to the parameter's dtype and to where theta - d + d is theta (design.md, section 4)."""
+        """Round theta to the parameter's dtype and to where theta - d + d is theta (docs/numerics.md)."""
         theta = self.write(self.thetas[index])
         displacement = self._displacement(index)
         if displacement is not None:
@@ -112,7 +112,7 @@ class Reference:
 
     def _finish(self, step: int, real: type) -> tuple[Array, float]:
         beta1, beta2 = self.options["betas"]
-        return real(1 / math.sqrt(1 - beta2**step)), self.options["lr"] / (1 - beta1**step)
+        return real(1 / math.sqrt(1 - _power(beta2, step))), self.options["lr"] / (1 - _power(beta1, step))
 
     def _adam(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
         beta2, eps = self.options["betas"][1], self.options["eps"]
@@ -137,7 +137,7 @@ class Reference:
         v = real(beta2) * v + real(1 - beta2) * (m * m) + real(eps)
         m, v = state["exp_avg"], state["exp_avg_sq"] = self.store(m), self.store(v)
         r, step_size = self._finish(step, real)
-        return m / (np.sqrt(self._second(state, v)) * r), step_size
+        return np.where(m == 0, m, m / (np.sqrt(self._second(state, v)) * r)), step_size
 
 
 def algorithm_1(
@@ -154,3 +154,13 @@ def algorithm_1(
     with torch.no_grad():
         for param, theta in zip(params, reference.thetas, strict=True):
             param.copy_(torch.from_numpy(theta))
+
+
+def _power(base: float, exponent: int) -> float:
+    """By squaring, from the lowest bit of the exponent on: no library promises the last bit of its pow."""
+    result = 1.0
+    for bit in reversed(f"{exponent:b}"):
+        if bit == "1":
+            result = result * base
+        base = base * base
+    return result

@@ -1,25 +1,20 @@
 """What is saved of an attached model is theta, what is loaded is theta, and a resume changes no bit of training.
 
-Trainers save at the end of a training step, model first and optimizer second, or the other way round, and copy models
-as they like: the hooks must make every order right, and be inert in the copies. Names say which trap of clients.md a
-test is about.
+Trainers save at the end of a training step, model first and optimizer second, or the other way round: the hooks must
+make every order right. Names say which trap of clients.md a test is about.
 """
 
 import copy
 import io
-import pickle
 import warnings
 
 import pytest
 import torch
-from cases import every_optimizer, loss_of, small_model, train_step
-from test_attach import X, attached, both_weights, clones, either_precision, equal
+from attached import X, attached, both_weights, clones, either_mode, either_precision, equal, go_on
+from cases import every_optimizer, small_model, train_step
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xgrad_optim import XAdamW
-
-either_mode = pytest.mark.parametrize("mode", [True, False], ids=["predicted", "true"])
 
 
 class Tied(nn.Module):
@@ -41,14 +36,6 @@ def through_file(*state_dicts):
     torch.save(state_dicts, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def go_on(model, optimizer):
-    for step in range(10, 14):
-        model.train()
-        train_step(model, optimizer, step)
-    model(X)
-    return clones(model.parameters())
 
 
 # -- trap 5: what a file holds ---------------------------------------------------------------------------------------
@@ -216,93 +203,3 @@ def test_loading_a_part_loads_theta_of_it():
     model[2].load_state_dict({"weight": theta[2], "bias": value})
     model.eval()(X)
     assert equal(model.parameters(), [*theta[:3], value])
-
-
-# -- trap 8: copies --------------------------------------------------------------------------------------------------
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def torch_saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-every_copy = pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, torch_saved])
-
-
-@every_copy
-def test_a_copy_leaves_the_original_alone(make_copy):
-    model, optimizer = attached()
-    theta, theta_hat = both_weights(optimizer)
-    with optimizer.true_weights():
-        copied = make_copy(model)
-    for the_copy in (copied, make_copy(copied)):
-        for mode in (True, False):
-            the_copy.train(mode)(X)
-            the_copy.load_state_dict(the_copy.state_dict())
-            assert equal(the_copy.parameters(), theta)
-            assert equal(model.parameters(), theta_hat)
-
-
-@every_copy
-def test_a_copy_can_be_attached_to_an_optimizer_of_its_own(make_copy):
-    model, optimizer = attached()
-    with optimizer.true_weights():
-        copied = make_copy(model)
-        copied_optimizer = XAdamW(copied.parameters())
-        copied_optimizer.load_state_dict(optimizer.state_dict())
-    copied_optimizer.attach(copied)
-    assert equal(go_on(copied, copied_optimizer), go_on(model, optimizer))
-
-
-@every_copy
-def test_copying_the_predicted_weights_warns(make_copy):
-    model, optimizer = attached()
-    with pytest.warns(UserWarning, match="copy it inside `with optimizer.true_weights") as record:
-        make_copy(model)
-    assert len(record) == 1
-    optimizer.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make_copy(model)
-
-
-def test_averages_of_an_attached_model_are_of_theta():
-    """Trap 9, the recipe: update inside true_weights()."""
-    model, optimizer = attached(steps=0)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    expected = None
-    for step in range(4):
-        train_step(model, optimizer, step)
-        with optimizer.true_weights():
-            averaged.update_parameters(model)
-            theta = clones(model.parameters())
-        expected = theta if expected is None else [e.lerp(t, 0.5) for e, t in zip(expected, theta, strict=True)]
-        before = clones(model.parameters())
-        averaged.eval()(X)
-        averaged.train()(X)
-        assert equal(model.parameters(), before)
-        assert equal(averaged.parameters(), expected)
-
-
-def test_a_copy_of_the_optimizer_is_not_attached():
-    _, optimizer = attached()
-    for copied in (copy.deepcopy(optimizer), pickled(optimizer)):
-        assert copied.predicted
-        assert copied.state_dict()["state"][0]["predicted"]
-    assert optimizer.predicted
-    assert not optimizer.state_dict()["state"][0]["predicted"]
-
-
-def test_an_optimizer_outlives_its_model():
-    """Nobody is left to be told when the weights change."""
-    model, optimizer = attached()
-    loss_of(model, 3).backward()
-    del model
-    optimizer.step()
-    assert optimizer.state_dict()["state"][0]["predicted"]

@@ -67,6 +67,28 @@ def test_a_compiled_model_is_compiled_once_for_each_mode(case, attach_to):
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+@pytest.mark.parametrize("compile_model", [torch.compile, lambda model, **options: model.compile(**options) or model])
+def test_a_part_in_another_mode_adds_no_graph(compile_model):
+    """A frozen BatchNorm inside follows the model: no swap, and none that dynamo would have to leave a graph for."""
+    counts = []
+    for freezes in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        linear = [torch.nn.Linear(5, 5, dtype=torch.float64) for _ in range(3)]
+        norms = [torch.nn.BatchNorm1d(5, dtype=torch.float64) for _ in range(2)]
+        model = torch.nn.Sequential(linear[0], norms[0], torch.nn.Sequential(linear[1], norms[1]), linear[2])
+        optimizer = XAdamW(model.parameters(), **OPTIONS)
+        optimizer.attach(model)
+        if freezes:
+            for norm in norms:
+                norm.training, norm.train = False, lambda mode=True, norm=norm: norm
+        frames, _ = train_and_evaluate(compile_model(model, backend=BACKEND), optimizer, steps=6)
+        counts.append(frames)
+        assert optimizer._switch.traced == 0
+    assert counts[0] == counts[1] and frames[1:] == [frames[1]] * 5
+
+
 def test_a_compiled_model_with_explicit_swaps():
     model, twin = small_model(), small_model()
     compiled = torch.compile(model, backend=BACKEND, fullgraph=True)

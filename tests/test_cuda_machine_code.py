@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from cuda_kernels import RULES, compiled, every_variant, needs_nvcc, ptx_of
+from cuda_kernels import compiled, needs_nvcc, ptx_of, rows_symbol_of, symbol_of
 from machine_code import ARCHITECTURES, REASON, kernels_of
+from random_launch import RULES, every_variant
 
 pytestmark = [needs_nvcc, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
@@ -25,9 +26,11 @@ MAX_REGISTERS = 128
 def test_nothing_is_spilled_and_the_main_loop_moves_packs(rule, architecture):
     kernels = kernels_of(compiled(rule, architecture))
     variants = every_variant(rule)
-    assert set(kernels) == {variant.symbol for variant in variants}
+    rows = {rows_symbol_of(rule, is_double) for is_double in (False, True)}
+    assert set(kernels) == rows | set(map(symbol_of, variants))
+    assert all(kernels[name].stack == 0 for name in rows)
     for variant in variants:
-        code = kernels[variant.symbol]
+        code = kernels[symbol_of(variant)]
         assert code.stack == code.local_accesses == code.generic_accesses == 0, variant
         assert code.registers <= MAX_REGISTERS, variant
         width = 16 // max(variant.dtype.itemsize, variant.state_dtype.itemsize)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from cases import loss_of, small_model
 from ranks import assert_ranks_agree, on_ranks, share, whole
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from xgrad_optim import XAdamW
@@ -77,7 +77,7 @@ def test_a_swap_between_forward_and_backward_raises_under_fsdp_too(reshard, in_b
 
 @on_ranks(2)
 def test_without_attach_resharding_does_it():
-    """What the README tells those to do who call eval() and train() themselves; else the old weights are seen."""
+    """What docs/attach.md tells those to do who call eval() and train() themselves; else the old weights are seen."""
     model, twin, optimizer, expected = twins(fsdp)
     for step in range(2):
         for each, of, part in ((model, optimizer, share()), (twin, expected, slice(None))):
@@ -131,6 +131,86 @@ def test_the_state_dict_of_an_attached_fsdp_model_is_theta():
         for name, value in model.state_dict().items():
             torch.testing.assert_close(whole(value), twin.state_dict()[name], rtol=1e-9, atol=1e-12)
     assert not optimizer.predicted
+
+
+def trained_twins(wrap):
+    model, twin, optimizer, expected = twins(wrap)
+    optimizer.attach(model)
+    for step in range(3):
+        for each, of, part in ((model, optimizer, share()), (twin, expected, slice(None))):
+            of.zero_grad()
+            loss_of(each, step, part).backward()
+            of.step()
+    return model, twin, optimizer, expected
+
+
+@pytest.mark.parametrize("wrap", [fsdp, DistributedDataParallel])
+@on_ranks(2)
+def test_evaluation_mode_puts_theta_in_place_on_every_rank(wrap):
+    """For what reads the weights without a forward; it is no collective, so one rank may do it alone."""
+    model, twin, optimizer, expected = trained_twins(wrap)
+    if dist.get_rank() == 0:
+        model.eval()
+        assert not optimizer.predicted
+    model.eval()
+    expected.eval()
+    for param, value in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(whole(param), value, rtol=1e-9, atol=1e-12)
+
+
+@on_ranks(2)
+def test_evaluation_mode_drops_what_fsdp_has_gathered():
+    """The root keeps its gathered weights after a forward without a backward."""
+    model, twin, optimizer, expected = trained_twins(fsdp)
+    outputs(model)
+    model.eval()
+    expected.eval()
+    torch.testing.assert_close(outputs(model), outputs(twin), rtol=1e-9, atol=0)
+    assert not optimizer.predicted
+
+
+@on_ranks(2)
+def test_a_model_of_one_group_that_is_gathered_still_has_its_parameters():
+    """Between forwards its modules hold the gathered weights, not the optimizer's shards."""
+    model, twin, optimizer, expected = trained_twins(lambda model: fully_shard(model))
+    outputs(model)
+    for module in model.modules():
+        module.training = False
+    expected.eval()
+    torch.testing.assert_close(outputs(model), outputs(twin), rtol=1e-9, atol=0)
+    for act in (
+        lambda: optimizer.attach(model),
+        lambda: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1, dtype=torch.float64))]}),
+    ):
+        act()
+        for mode in (True, False):
+            model.train(mode)
+            expected.train(mode)
+            torch.testing.assert_close(outputs(model), outputs(twin), rtol=1e-9, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, that it is deprecated
+@pytest.mark.parametrize(
+    ("use_orig_params", "attaches_first"),
+    [(False, False), (True, False), (True, True)],
+    ids=["flat", "original", "original, attached before"],
+)
+@on_ranks(2)
+def test_fsdp1_is_refused(use_orig_params, attaches_first):
+    """It keeps gathered weights too, and would take them again after a swap."""
+    model = small_model()
+    if attaches_first:
+        optimizer = XAdamW(model.parameters(), **OPTIONS)
+        optimizer.attach(model)
+    sharded = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    if attaches_first:
+        with pytest.raises(RuntimeError, match="keeps gathered copies of its weights"):
+            sharded(torch.ones(1, 5, dtype=torch.float64))
+    else:
+        optimizer = XAdamW(sharded.parameters(), **OPTIONS)
+        with pytest.raises(RuntimeError, match=r"fully_shard .*fsdp_version 2"):
+            optimizer.attach(sharded)
+        assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @on_ranks(2)

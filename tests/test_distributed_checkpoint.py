@@ -27,6 +27,7 @@ from xgrad_optim import XAdamW
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "prediction_steps": 2.0}
 
+
 def make(case, **options):
     model = small_model()
     for layer in (model[0], model[2], model):

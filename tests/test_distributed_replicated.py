@@ -46,7 +46,7 @@ def test_ddp_trains_as_one_process(case, gradient_as_bucket_view):
             each()
         assert_close(model, twin)
         assert_ranks_agree([*model.parameters(), *state_tensors(optimizer)])
-    assert optimizer._cache.builds == 1
+    assert optimizer._planner.builds == 1
 
 
 @on_ranks(4)

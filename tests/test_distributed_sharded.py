@@ -40,7 +40,7 @@ def assert_trains_alike(model, optimizer, twin, expected, share, steps=5):
             for each in (optimizer, expected):
                 each.train()
             assert_close(model, twin)
-    assert optimizer._cache.builds == 1
+    assert optimizer._planner.builds == 1
     for param in model.parameters():
         assert isinstance(param, DTensor)
         for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
@@ -167,5 +167,5 @@ def test_gradients_that_are_sums_still_to_do(backend):
         expected.step()
         assert_close(model, twin)
         assert_ranks_agree([param.to_local() for param in model.parameters()])
-    assert optimizer._cache.builds == 1
+    assert optimizer._planner.builds == 1
     assert model.weight.grad.placements[0].is_partial(), "gradients are read only"

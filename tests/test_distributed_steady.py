@@ -48,7 +48,6 @@ def tensor_parallel(model):
     return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
 
 
-
 @on_ranks(2)
 @with_every_optimizer
 def test_a_steady_step_dispatches_no_dtensor_operation(case):

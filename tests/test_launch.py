@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 from cases import every_optimizer
+from twins import launches, runs
 
 from xgrad_optim import XSGDM, XAdam, XAdamW
 from xgrad_optim.layout import blocks, is_dense
-from xgrad_optim.optimizer import XGradOptimizer
 
 
 def params_of(*shapes, dtype=torch.float32) -> list[torch.nn.Parameter]:
@@ -24,12 +24,13 @@ def set_gradients(params, skip=()) -> None:
         param.grad = None if index in skip else torch.randn(param.shape).to(param.dtype)
 
 
-def launches(optimizer: XGradOptimizer):
-    return optimizer._cache.launches
+def rows_of(run) -> torch.Tensor:
+    """The rows of the run before, whose numbers they were made of."""
+    return run.runner.rows
 
 
-def column(launch, name: str) -> list[float]:
-    return launch.rows[:, launch.rule.columns.index(name)].tolist()
+def column(run, name: str) -> list[float]:
+    return rows_of(run)[:, run.launch.rule.columns.index(name)].tolist()
 
 
 def test_groups_share_one_launch_and_dtypes_do_not():
@@ -43,10 +44,10 @@ def test_groups_share_one_launch_and_dtypes_do_not():
     )
     set_gradients(singles + halves)
     optimizer.step()
-    by_dtype = {launch.dtype: launch for launch in launches(optimizer)}
-    assert len(launches(optimizer)) == 2 and by_dtype.keys() == {torch.float32, torch.bfloat16}
+    by_dtype = {run.launch.dtype: run for run in runs(optimizer)}
+    assert len(runs(optimizer)) == 2 and by_dtype.keys() == {torch.float32, torch.bfloat16}
     single = by_dtype[torch.float32]
-    assert single.params == singles and single.row_of == [0, 1, 2]
+    assert single.launch.params == singles and single.launch.sources.row_of == [0, 1, 2]
     assert column(single, "step_size") == pytest.approx([1.0, 2.0, 0.01])
     assert column(single, "shift") == pytest.approx([1.0, 2.0, 0.0])
     assert column(single, "decay_factor") == pytest.approx([0.999, 1.0, 0.99999])
@@ -64,11 +65,11 @@ def test_skipped_gradients_still_make_one_launch_and_get_rows_of_their_own():
     assert [launch.params for launch in launches(optimizer)] == [[params[0], params[3]]]
     set_gradients(params)
     optimizer.step()
-    (launch,) = launches(optimizer)
-    assert launch.row_of == [0, 1, 1, 0]
+    (run,) = runs(optimizer)
+    assert run.launch.sources.row_of == [0, 1, 1, 0]
     # lr / (1 - beta1^t) with t = 3 and t = 2; undone is what the second and the first step predicted
-    assert column(launch, "step_size") == pytest.approx([0.01 / 0.875, 0.01 / 0.75])
-    assert column(launch, "shift_prev") == pytest.approx([0.01 / 0.75, 0.01 / 0.5])
+    assert column(run, "step_size") == pytest.approx([0.01 / 0.875, 0.01 / 0.75])
+    assert column(run, "shift_prev") == pytest.approx([0.01 / 0.75, 0.01 / 0.5])
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 2, 2, 3]
 
 
@@ -84,7 +85,7 @@ def test_a_steady_step_rebuilds_nothing(case):
         if step % 2:
             optimizer.eval()
             optimizer.train()
-    assert optimizer._cache.builds == 1
+    assert optimizer._planner.builds == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_what_a_launch_was_built_from_is_noticed_when_it_changes(change):
     for group in optimizer.param_groups[1:]:
         set_gradients(group["params"])
     optimizer.step()
-    assert optimizer._cache.builds == 2
+    assert optimizer._planner.builds == 2
 
 
 def test_rows_are_rounded_once_from_float64():
@@ -119,10 +120,10 @@ def test_rows_are_rounded_once_from_float64():
     optimizer = XAdam(params, lr=0.1, betas=(0.9, 0.9999))
     set_gradients(params)
     optimizer.step()
-    (launch,) = launches(optimizer)
-    assert launch.rows.dtype == torch.float32
-    assert column(launch, "one_minus_beta2") == torch.tensor([1 - 0.9999]).tolist()
-    assert column(launch, "rsqrt_bias_correction2") == torch.tensor([(1 - 0.9999) ** -0.5]).tolist()
+    (run,) = runs(optimizer)
+    assert rows_of(run).dtype == torch.float32
+    assert column(run, "one_minus_beta2") == torch.tensor([1 - 0.9999]).tolist()
+    assert column(run, "rsqrt_bias_correction2") == torch.tensor([(1 - 0.9999) ** -0.5]).tolist()
 
 
 def test_the_numbers_of_a_model_are_one_buffer():
@@ -189,9 +190,9 @@ def test_a_tensor_that_is_replaced_by_its_equal_is_noticed(case):
         for _ in range(2):
             set_gradients([param])
             optimizer.step()
-        builds, step = optimizer._cache.builds, optimizer.state[param]["step"].item()
+        builds, step = optimizer._planner.builds, optimizer.state[param]["step"].item()
         optimizer.state[param][key] = optimizer.state[param][key].clone()
         set_gradients([param])
         optimizer.step()
-        assert optimizer._cache.builds == builds + 1, key
+        assert optimizer._planner.builds == builds + 1, key
         assert optimizer.state[param]["step"].item() == step + 1

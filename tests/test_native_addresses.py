@@ -9,17 +9,22 @@ import weakref
 
 import pytest
 import torch
-from twins import REASON, Twins, needs_library
+from twins import REASON, Twins, needs_library, runs
 
-from xgrad_optim import XAdamW, backend_native, backend_torch, tensor_reader
+from xgrad_optim import XAdamW
 from xgrad_optim import launch as launch_module
+from xgrad_optim.backends import addresses, cpu
+from xgrad_optim.backends import torch as torch_backend
 
 
 @pytest.fixture(autouse=True, params=["c++", "python"])
 def reader(request, monkeypatch):
     """All holds whoever reads the tensors."""
     if request.param == "python":
-        monkeypatch.setattr(tensor_reader, "unavailable", lambda: "not asked for")
+        monkeypatch.setattr(addresses, "unavailable", lambda: "not asked for")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            addresses._note("not asked for")  # said once in a process
 
 
 def _warm() -> Twins:
@@ -154,33 +159,44 @@ def test_chosen_by_default_and_on_demand():
         param.grad = torch.ones(3)
         optimizer = XAdamW([param], **options)
         optimizer.step()
-        assert optimizer._cache.launches[0].backend is backend_native
+        assert isinstance(runs(optimizer)[0].runner, cpu.Runner)
 
 
 @needs_library
 def test_the_operator_refuses_tables_that_lead_outside():
-    def call(**changes):
-        tables = launch_module.Tables([8], [0], chunk_size=4)
-        values = {key: getattr(tables, key) for key in ("addresses", "numels", "row_of", "chunks", "tasks")}
-        values |= {"rows": torch.zeros(1, 9), "chunk_size": 4, "trusts_master": False, "rule": "sgdm", "isa": ""}
-        values |= {"param_dtype": torch.float32, "state_dtype": torch.float32, **changes}
-        torch.ops.xgrad_optim.multi_tensor_cpu(**values)
+    ops = torch.ops.xgrad_optim
+    float32, float64 = torch.float32, torch.float64
+    kernel = ops.find_kernel_cpu("sgdm", float32, float32, "")
 
-    call()  # addresses of 0 are passed over
+    def call(row=0, **changes):
+        tables = launch_module.Tables([8], [row], chunk_size=4, has_grad=True)
+        values = {key: getattr(tables, key) for key in ("table", "grads", "chunks", "tasks")}
+        rows, numbers = torch.zeros(1, 9), torch.zeros(1, 3, dtype=float64)
+        rows[0, 0] = 1  # is_skipped
+        values |= {"rows": rows, "next_numbers": numbers, "chunk_size": 4, "kernel": kernel, **changes}
+        ops.multi_tensor_cpu(**values)
+
+    call()
     for message, changes in {
-        "no rule": {"rule": "adan"},
-        "instruction set": {"isa": "mmx"},
-        "no kernel": {"state_dtype": torch.float64},
-        "rows must be": {"rows": torch.zeros(1, 9, dtype=torch.float64)},
+        "no kernel the number": {"kernel": 1 << 20},
+        "rows must be": {"rows": torch.zeros(1, 9, dtype=float64)},
         "has 9 columns": {"rows": torch.zeros(1, 8)},
-        "has row 3": {"row_of": torch.tensor([3], dtype=torch.int32)},
+        "and 3 numbers": {"next_numbers": torch.zeros(1, 4, dtype=float64)},
+        "has row 3": {"row": 3},
         "outside": {"chunks": torch.tensor([[0, 0], [0, 2]], dtype=torch.int32)},
         "tasks must cover": {"tasks": torch.tensor([0, 5])},
         "chunk_size": {"chunk_size": 0},
-        "number of tensors": {"numels": torch.tensor([8, 8])},
+        "number of tensors": {"grads": torch.tensor([8, 8])},
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call(**changes)
+    for message, asked in {
+        "no rule": ("adan", float32, float32, ""),
+        "instruction set": ("sgdm", float32, float32, "mmx"),
+        "no kernel": ("sgdm", float32, float64, ""),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.find_kernel_cpu(*asked)
 
 
 @needs_library
@@ -188,10 +204,9 @@ def test_fake_tensors_are_accepted():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        numels, table = torch.tensor([2]), torch.zeros(1, 6, dtype=torch.int64)
-        chunks, tasks = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 1])
-        shape = (table, numels, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 9), chunks, tasks, 16)
-        torch.ops.xgrad_optim.multi_tensor_cpu(*shape, False, "sgdm", torch.float32, torch.float32, "")
+        table, chunks = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+        rows, numbers = torch.zeros(1, 9), torch.zeros(1, 3, dtype=torch.float64)
+        torch.ops.xgrad_optim.multi_tensor_cpu(table, None, rows, numbers, chunks, torch.tensor([0, 1]), 16, 0)
 
 
 def test_why_not():
@@ -199,41 +214,16 @@ def test_why_not():
     param.grad = torch.ones(3)
     optimizer = XAdamW([param], backend="torch")
     optimizer.step()
-    launch = optimizer._cache.launches[0]
-    assert launch.backend is backend_torch and backend_native.why_not(launch) is None
+    (run,) = runs(optimizer)
+    launch = run.launch
+    assert isinstance(run.runner, torch_backend.Runner) and cpu.why_not(launch) is None
     launch.device = torch.device("meta")
-    assert "meta" in backend_native.why_not(launch)
+    assert "meta" in cpu.why_not(launch)
     launch.device, launch.state_dtype = torch.device("cpu"), torch.float16
-    assert "float16" in backend_native.why_not(launch)
+    assert "float16" in cpu.why_not(launch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend_native.unavailable() == REASON
-
-
-@needs_library
-def test_master_weights_are_trusted_only_while_nobody_can_have_written_to_the_parameter():
-    """A trusted launch does not read the parameter: 28 bytes instead of 30 for each bfloat16 element."""
-    param = torch.nn.Parameter(torch.randn(40, dtype=torch.bfloat16))
-    optimizer = XAdamW([param], backend="cpu", master_weights=True, lr=0.1)
-
-    def trusts_after(change) -> bool:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            change()
-            param.grad = torch.randn_like(param)
-            optimizer.step()
-        return optimizer._cache.launches[0].trusts_master
-
-    assert not trusts_after(lambda: None), "the first step reads what the parameter holds"
-    assert trusts_after(lambda: None)
-    for change in (
-        lambda: param.clamp_(-0.1, 0.1),
-        optimizer.eval,
-        lambda: setattr(param, "data", param.data.clone()),
-        lambda: optimizer.load_state_dict(optimizer.state_dict()),
-    ):
-        assert not trusts_after(change)
-        assert trusts_after(lambda: None)
+        assert cpu.unavailable() == REASON
 
 
 @needs_library
@@ -299,7 +289,7 @@ def test_views_of_one_tensor_share_a_version_counter():
             optimizer.step()
             with optimizer.true_weights():
                 pass
-    assert len(optimizer._cache.launches) == 2
+    assert len(runs(optimizer)) == 2
 
 
 @needs_library

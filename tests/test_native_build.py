@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from twins import needs_library
 
-from xgrad_optim import build_native
+from xgrad_optim.backends import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,7 @@ p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
 for _ in range(2):
     xgrad_optim.XAdamW([p], {options}).step()
 o = xgrad_optim.XAdamW([p], {options}); o.step()
-print(o._cache.launches[0].backend.__name__)
+print(type(o._planner.last_step.runs[0].runner).__module__)
 """
 
 
@@ -45,9 +45,9 @@ print(o._cache.launches[0].backend.__name__)
 def test_loading_leaves_the_subnormal_mode_alone():
     code = """
 import torch
-from xgrad_optim import backend_native
+from xgrad_optim.backends import cpu
 tiny = torch.tensor([1e-40, 2e-40])
-assert backend_native.unavailable() is None
+assert cpu.unavailable() is None
 assert (tiny * 0.5 != 0).all() and float(tiny[0]) / 2 != 0, "subnormals are flushed"
 assert not hasattr(torch.ops.xgrad_optim, "nothing")
 print("kept")
@@ -56,9 +56,9 @@ print("kept")
 
 
 @needs_library
-@pytest.mark.parametrize("library", build_native.LIBRARIES, ids=lambda library: library.stem)
+@pytest.mark.parametrize("library", build.LIBRARIES, ids=lambda library: library.stem)
 def test_threads_of_torch_and_no_other_openmp(library):
-    path = build_native.find_or_build(library)
+    path = build.find_or_build(library)
     needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True)
     if needed.returncode != 0:
         pytest.skip("there is no readelf")
@@ -77,16 +77,16 @@ def test_concurrent_first_builds(tmp_path):
     """Three processes find an empty cache at the same time: one compiles, all load the same whole files."""
     code = STEP.format(options="backend='cpu'")
     processes = [_python(code, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(3)]
-    assert all("backend_native" in _finish(process) for process in processes)
+    assert all("backends.cpu" in _finish(process) for process in processes)
     names = [path.name for path in (tmp_path / "xgrad_optim").iterdir()]
-    libraries = [build_native.library_name(library) for library in build_native.LIBRARIES]
+    libraries = [build.library_name(library) for library in build.LIBRARIES]
     assert sorted(names) == sorted([*libraries, *(f"{name}.lock" for name in libraries)])
 
 
 def test_without_a_compiler_one_note_and_the_torch_back_end(tmp_path):
     environment = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     output = _finish(_python(STEP.format(options=""), **environment))
-    assert "backend_torch" in output
+    assert "backends.torch" in output
     assert output.count("there is no C++ compiler") == 1
     assert "RuntimeError" in _python(STEP.format(options="fused=True"), **environment).communicate(timeout=300)[0]
     silent = _finish(_python(STEP.format(options="backend='torch'"), **environment))
@@ -97,6 +97,6 @@ def test_a_failing_compiler_is_quoted(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'no space left for you' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    code = "from xgrad_optim import backend_native; print(backend_native.unavailable())"
+    code = "from xgrad_optim.backends import cpu; print(cpu.unavailable())"
     environment = {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
     assert "no space left for you" in _finish(_python(code, **environment))

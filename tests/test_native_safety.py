@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twins import REASON, needs_library, same_bits
 
-from xgrad_optim import XSGDM, XAdamW, build_native
+from xgrad_optim import XSGDM, XAdamW
 from xgrad_optim import launch as launch_module
+from xgrad_optim.backends import build
 
 SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -28,7 +29,7 @@ SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 def compiler(tmp_path_factory) -> list[str]:
     """A compiler that has the sanitizers."""
     try:
-        compiler = build_native.find_compiler()
+        compiler = build.find_compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
     probe = [*compiler, *SANITIZERS, "-x", "c++", "-", "-o", str(tmp_path_factory.mktemp("probe") / "probe")]
@@ -41,10 +42,10 @@ def compiler(tmp_path_factory) -> list[str]:
 def driver(compiler, tmp_path_factory) -> Path:
     """The standalone driver, for the widest vectors that this machine runs."""
     isa = torch.ops.xgrad_optim.cpu_isas().split(",")[0] if REASON is None else "baseline"
-    flags = [f"-DXGRAD_ISA={isa}", *build_native._isas()[isa]]
+    flags = [f"-DXGRAD_ISA={isa}", *build._isas()[isa]]
     binary = tmp_path_factory.mktemp("driver") / "native_driver"
     source = Path(__file__).parent / "native_driver.cpp"
-    flags = [*build_native.compile_args(build_native.KERNELS), *SANITIZERS, *flags]
+    flags = [*build.compile_args(build.KERNELS), *SANITIZERS, *flags]
     command = [*compiler, *flags, str(source), "-o", str(binary)]
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -63,7 +64,7 @@ def test_sanitizers_find_nothing_where_tensors_are_read(compiler, tmp_path):
     """The reader's own tests once more, on a build for the sanitizers."""
     cache = tmp_path / "xgrad_optim"
     cache.mkdir()
-    shutil.copy2(build_native.find_or_build(build_native.KERNELS), cache)
+    shutil.copy2(build.find_or_build(build.KERNELS), cache)
     runtimes = [
         subprocess.run([*compiler, f"-print-file-name=lib{name}.so"], text=True, capture_output=True).stdout.strip()
         for name in ("asan", "ubsan")
@@ -77,12 +78,12 @@ def test_sanitizers_find_nothing_where_tensors_are_read(compiler, tmp_path):
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees no memory at its end
     }
-    tests = str(Path(__file__).with_name("test_tensor_reader.py"))
+    tests = str(Path(__file__).with_name("test_addresses.py"))
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", tests]  # -s: a finding is shown
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout, done.stdout
-    assert len(list(cache.glob(f"{build_native.TENSORS.stem}-*.so"))) == 1
+    assert len(list(cache.glob(f"{build.TENSORS.stem}-*.so"))) == 1
 
 
 CANARY = 0x5A

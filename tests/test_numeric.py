@@ -1,4 +1,4 @@
-"""The numeric contract (design.md, sections 4 and 5), in every dtype, bit for bit.
+"""The numeric contract (docs/numerics.md), in every dtype, bit for bit.
 
 The back ends can only agree with each other if each of them performs exactly the contract's sequence of roundings;
 agreeing with a tolerance would hide that theta comes back from theta_hat a bit off.
@@ -85,5 +85,3 @@ def test_the_square_root_is_correctly_rounded(dtype):
             middle = (Fraction(float(root)) + Fraction(float(neighbour))) / 2
             is_inside = Fraction(float(value)) > middle**2 if neighbour < root else Fraction(float(value)) < middle**2
             assert is_inside
-
-

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_the_sdist_can_be_tested_and_built(dist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"setup.py", "pyproject.toml", "README.md", "Makefile", "csrc/rules.h", "tests/cases.py"} <= names
+    assert {"LICENSE", "CHANGELOG.md", "CITATION.cff", "docs/attach.md", "examples/quickstart.py"} <= names
+
+
+def test_the_metadata_is_that_of_pyproject(dist):
+    """The version stands in the package alone, the license goes with the wheel."""
+    (wheel,) = dist.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (folder,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
+    assert (metadata["Name"], metadata["Version"]) == ("xgrad-optim", xgrad_optim.__version__)
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert f"{folder}/licenses/LICENSE" in archive.namelist()
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert {re.split(r"\W", line.replace("-", "_"))[0] for line in required} == {"torch", "numpy", "typing_extensions"}
 
 
 def test_an_installed_wheel_trains_away_from_the_checkout(dist, tmp_path):

@@ -7,13 +7,14 @@ precision, and true weights may be anything.
 """
 
 import copy
+import math
 import warnings
 
 import pytest
 import torch
+from attached import clones, either_precision, equal
 from cases import every_optimizer
-from test_attach import clones, either_precision, equal
-from test_traps import either_wrapper
+from wrappers import either_wrapper
 
 from xgrad_optim import XAdamW
 
@@ -64,9 +65,10 @@ def load(case, model_file, optimizer_file, loads_model_first=True, **options):
 
 @every_optimizer
 @either_precision
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("use", USES)
-def test_true_weights_under_a_state_that_calls_them_predicted_warn_once(case, master_weights, use):
-    files = saved_run(case, False, True, torch.float32, master_weights)
+def test_true_weights_under_a_state_that_calls_them_predicted_warn_once(case, master_weights, dtype, use):
+    files = saved_run(case, False, True, dtype, master_weights)
     _, optimizer = load(case, *files)
     with pytest.warns(UserWarning, match="do not hold the predicted weights") as record:
         USES[use](optimizer)
@@ -164,3 +166,18 @@ def test_a_state_that_was_only_reloaded_is_silent():
         train(model, optimizer, [step])
         optimizer.train(step % 2 == 0)
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+@every_optimizer
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_have_overflowed_are_silent(case, value):
+    """A run that has diverged is told by its loss; its files do agree."""
+    model = new_model()
+    optimizer = case.make(model.parameters(), lr=0.01)
+    train(model, optimizer, [0])
+    model[0].grad[0] = value
+    optimizer.step()
+    assert not model[0].isfinite().all()
+    files = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    _, loaded = load(case, *files)
+    loaded.eval()

@@ -1,4 +1,4 @@
-"""The recipes of the README's table on precision: each trains, and takes the memory that the table says.
+"""The recipes of the table on precision in docs/options.md: each trains, and takes the memory that the table says.
 
 Memory is measured from the tensors that training leaves in parameters, gradients and state; torch.optim's beside it, in
 the recipe that does the same. What 16-bit weights lose, and master weights keep, is measured too.
@@ -12,7 +12,7 @@ from cases import every_optimizer
 
 from xgrad_optim import XSGDM
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "options.md").read_text(encoding="utf-8")
 RECIPES = {
     "float32": (torch.float32, False, False),
     "float32, autocast to bfloat16": (torch.float32, True, False),
@@ -50,9 +50,9 @@ def bytes_per_element(model, optimizer):
 
 
 def table_row(recipe):
-    """The README's numbers of a recipe: XSGDM and SGD, the Adams and AdamW."""
-    rows = [line.split("|")[1:-1] for line in README.splitlines() if line.startswith(f"| {recipe} |")]
-    assert len(rows) == 1, f"the README has no row for {recipe}"
+    """The table's numbers of a recipe: XSGDM and SGD, the Adams and AdamW."""
+    rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if line.startswith(f"| {recipe} |")]
+    assert len(rows) == 1, f"the page has no row for {recipe}"
     return [cell.strip() for cell in rows[0][1:]]
 
 
@@ -101,5 +101,5 @@ def test_master_weights_keep_the_updates_that_bfloat16_loses(case):
 
 
 def test_the_table_names_no_other_recipe():
-    rows = README.split("| precision |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = PAGE.split("| precision |")[1].split("\n\n")[0].splitlines()[2:]
     assert {row.split("|")[1].strip() for row in rows} == RECIPES.keys()

@@ -1,4 +1,4 @@
-"""What people do beside a training loop, the way the README says to do it: averages, batch statistics, clipping, tied
+"""What people do beside a training loop, as docs/attach.md says to do it: averages, batch statistics, clipping, tied
 weights and the optimizer inside of backward.
 
 Each of them reads or writes parameters, or steps at another time than usual, and each has a way to get theta_hat where
@@ -127,11 +127,12 @@ def test_clipping_inside_true_weights_bounds_theta(case, master_weights, clip):
 
 
 @every_optimizer
-def test_clipping_after_step_bounds_theta_hat_only(case):
+@either_precision
+def test_clipping_after_step_bounds_theta_hat_only(case, master_weights):
     """torch's WGAN line as it stands: the clipped theta_hat is what the model sees, and theta is a prediction away. By
     way of no_grad a warning says so; `.data` hides the write even from autograd."""
     for clip in (clip_in_place, clip_data):
-        model, optimizer = trained(case)
+        model, optimizer = trained(case, master_weights=master_weights)
         before = thetas(model, optimizer)
         displacement = [hat - theta for hat, theta in zip(values(model), before, strict=True)]
         clip(model)
@@ -144,20 +145,6 @@ def test_clipping_after_step_bounds_theta_hat_only(case):
         for theta, hat, moved in zip(values(model), clipped, displacement, strict=True):
             torch.testing.assert_close(theta, hat - moved, rtol=0, atol=1e-15)
         assert max(theta.abs().max() for theta in values(model)) > BOUND
-
-
-@every_optimizer
-def test_with_master_weights_the_next_step_undoes_what_data_hides(case):
-    """The parameters are written from the master weights, which is where theta is."""
-    (model, optimizer), (twin, expected) = (trained(case, master_weights=True) for _ in range(2))
-    clip_data(model)
-    assert not torch.equal(model[0].weight, twin[0].weight)
-    train_step(twin, expected, 3)
-    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
-        param.grad = other.grad.clone()
-    optimizer.step()
-    assert_equal(values(model), values(twin))
-    assert_equal(thetas(model, optimizer), thetas(twin, expected))
 
 
 @every_optimizer

@@ -2,7 +2,7 @@
 
 With a master copy it is Algorithm 1 and must have the same bits in float32: any other order of operations, a fused
 multiply-add, an inexact root or a coefficient rounded twice shows. Without, theta may move by the rounding of the
-one addition that makes the swap exact (design.md, section 4), and by no more. Hand-computed numbers catch a mistake
+one addition that makes the swap exact (docs/numerics.md), and by no more. Hand-computed numbers catch a mistake
 that the reference and the code share.
 """
 

@@ -13,8 +13,7 @@ import torch
 from cases import Case, every_optimizer, small_model, train_step
 from hypothesis import given, settings
 
-from xgrad_optim import XAdamW
-from xgrad_optim import optimizer as optimizer_module
+from xgrad_optim import XAdamW, plan
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -46,9 +45,7 @@ programs = st.lists(st.sampled_from(["step", "eval", "train", "skip", "lr"]), mi
 def run_program(case: Case, dtype, program, swapping: bool, master_weights: bool, scale: float, seed: int):
     """Run the steps of a program; the swaps in it only where asked, with lr and betas changing between steps."""
     shapes = [(3, 5), (7,), ()]
-    params = [
-        torch.nn.Parameter(random_values(shape, dtype, seed + index, 1.0)) for index, shape in enumerate(shapes)
-    ]
+    params = [torch.nn.Parameter(random_values(shape, dtype, seed + index, 1.0)) for index, shape in enumerate(shapes)]
     optimizer = case.make(params, lr=0.01, master_weights=master_weights)
     for position, command in enumerate(program):
         if command in ("step", "skip"):
@@ -159,8 +156,8 @@ def test_true_weights_restores_the_mode_that_it_found(case):
 
 def _count_builds(monkeypatch) -> list[int]:
     builds = []
-    build = optimizer_module.build_launches
-    monkeypatch.setattr(optimizer_module, "build_launches", lambda *what: builds.append(1) or build(*what))
+    build = plan.Planner._launch
+    monkeypatch.setattr(plan.Planner, "_launch", lambda *what, **how: builds.append(1) or build(*what, **how))
     return builds
 
 
@@ -249,7 +246,7 @@ def test_a_swap_sees_what_has_changed_since_the_last_one(case, master_weights, c
                 if (turn, position) == (3, 1):
                     change(optimizer, params)
                 if not remembers:
-                    optimizer._cache.clear()
+                    optimizer._planner.clear()
                 move()
                 seen.extend(param.detach().clone() for param in params)
         results.append(seen)
@@ -271,3 +268,44 @@ def test_what_is_loaded_in_inference_mode_trains_on(case):
             train_step(model, optimizer, step)
     for pair in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(*pair)
+
+
+@every_optimizer
+@with_and_without_master
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_where_nothing_is_predicted_a_swap_writes_nothing(case, master_weights, backend):
+    """Not even a version counter, beside a parameter that moves; before a prediction is made and once it is undone."""
+    still, moving = params = [torch.nn.Parameter(random_values((40,), torch.float32, index, 1.0)) for index in range(2)]
+    groups = [{"params": [still], "prediction_steps": 0}, {"params": [moving], "prediction_steps": 2}]
+    optimizer = case.make(groups, lr=0.1, master_weights=master_weights, backend=backend)
+
+    def step():
+        for index, param in enumerate(params):
+            param.grad = random_values((40,), torch.float32, 10 + index, 1.0)
+        optimizer.step()
+
+    def moved_by_swaps():
+        """Which of the two a swap writes to, there and back."""
+        found = set()
+        for mode in (False, True, False, True):
+            before = [(param._version, param.detach().clone()) for param in params]
+            optimizer.train(mode)
+            written = tuple(param._version != version for param, (version, _) in zip(params, before, strict=True))
+            assert written == tuple(not torch.equal(*pair) for pair in zip(params, (b for _, b in before), strict=True))
+            found.add(written)
+        (written,) = found
+        return written
+
+    step()
+    assert moved_by_swaps() == (False, True)
+    optimizer.param_groups[0]["prediction_steps"] = 3
+    assert moved_by_swaps() == (False, True)
+    step()
+    optimizer.param_groups[0]["prediction_steps"] = 0
+    optimizer.param_groups[1]["prediction_steps"] = 0
+    assert moved_by_swaps() == (True, True)
+    step()
+    optimizer.eval()
+    before = [param._version for param in params]
+    optimizer.train()
+    assert [param._version for param in params] == before

@@ -7,7 +7,7 @@
 - 4 and 18, writes to theta_hat by somebody who takes it for theta: the right weights, or a warning; no false alarm.
 - 10, 16, 19, 20, state through DCP, ZeRO and __setstate__ (the rest of these is in test_state.py).
 - 11, closures; 12, torch.compile; 13, a swap between forward and backward must not hide from autograd; 14, GradScaler.
-- Averaging, evaluating under inference_mode and clipping, as the README tells users to do it.
+- Averaging, evaluating under inference_mode and clipping, as docs/attach.md tells users to do it.
 """
 
 import copy
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import lr_scheduler, swa_utils
+from wrappers import either_wrapper
 
 from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 
@@ -253,29 +254,6 @@ def test_a_parameter_without_gradient_keeps_its_own_prediction(cls):
 
 
 # -- trap 3: where the mode lives ------------------------------------------------------------------------------------
-
-
-class ForwardingWrapper:
-    """Lightning 2.6's LightningOptimizer: our class, its own __dict__, reads forwarded, writes its own."""
-
-    def __init__(self, optimizer):
-        self._optimizer = optimizer
-        self.__class__ = type("Lightning" + type(optimizer).__name__, (self.__class__, type(optimizer)), {})
-
-    def __getattr__(self, name):
-        return getattr(self._optimizer, name)
-
-
-class CopyingWrapper:
-    """The trick of earlier releases: the wrapper starts with a copy of the optimizer's __dict__."""
-
-    def __init__(self, optimizer):
-        self.__dict__ = {key: value for key, value in vars(optimizer).items() if key not in ("step", "__del__")}
-        self.__class__ = type("Lightning" + type(optimizer).__name__, (self.__class__, type(optimizer)), {})
-        self._optimizer = optimizer
-
-
-either_wrapper = pytest.mark.parametrize("wrap", [ForwardingWrapper, CopyingWrapper], ids=_id)
 
 
 @every_class

@@ -1,76 +1,99 @@
-"""The Triton kernel's variants, compiled without a GPU, and what stands in for the kernel where there is none."""
+"""The Triton kernels' variants, compiled without a GPU, run in ptxsim, or interpreted."""
 
 import functools
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
+import ptxsim
 import torch
 import triton
 import triton.language as tl
-from simulation import Simulator, ptxsim
+from random_launch import RULES, RandomLaunch, Variant
+from simulation import simulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, backends
-from xgrad_optim.numeric import COMPUTE_DTYPES
-from xgrad_optim.rule import Rule
+from xgrad_optim import backends
 
 multi_tensor: Any = backends._module("triton")
-KERNEL = multi_tensor.multi_tensor_kernel
+rows: Any = multi_tensor.rows
 
-_POINTERS = {"addresses_ptr": "*i64", "numels_ptr": "*i64", "row_of_ptr": "*i32", "chunks_ptr": "*i32"}
+STEP_TYPES = {
+    "table_ptr": "*i64",
+    "grads_ptr": "*i64",
+    "next_numbers_ptr": "*fp64",
+    "chunks_ptr": "*i32",
+    "chunk_size": "i32",
+}
+ROWS_TYPES = {
+    "table_ptr": "*i64",
+    "group_of_ptr": "*i64",
+    "options_ptr": "*i64",
+    "next_numbers_ptr": "*fp64",
+    "n_tensors": "i32",
+}
 
 
-def compile_kernel(architecture: int, constants: dict[str, Any]) -> Any:
-    """One variant for one compute capability, with the just-in-time compiler's own signature and options."""
-    rows = "*fp64" if constants["PARAM"] == tl.float64 else "*fp32"
-    types = {**_POINTERS, "rows_ptr": rows, "chunk_size": "i32"}
-    signature = {name: types.get(name, "constexpr") for name in KERNEL.arg_names}
-    source = ASTSource(fn=KERNEL, signature=signature, constexprs=constants)
-    options = multi_tensor.nvidia_options(constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+def constants_of(variant: Variant) -> dict[str, Any]:
+    rule, dtypes = RULES[variant.rule], (variant.dtype, variant.state_dtype)
+    return multi_tensor.variant(rule, *dtypes, variant.has_max_exp_avg_sq, variant.has_master_weights)
 
 
 @functools.cache
-def load_kernel(architecture: int, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int, int]:
-    """The variant for the simulator, its threads, its shared memory."""
-    compiled = compile_kernel(architecture, dict(constants))
-    kernel = ptxsim.load_ptx(compiled.asm["ptx"])[compiled.metadata.name]
-    return kernel, 32 * compiled.metadata.num_warps, compiled.metadata.shared
+def compile_step(variant: Variant, architecture: str) -> Any:
+    """One variant for one compute capability, with the just-in-time compiler's own signature and options."""
+    constants = constants_of(variant)
+    types = {**STEP_TYPES, "rows_ptr": "*fp64" if constants["PARAM"] == tl.float64 else "*fp32"}
+    if not variant.has_grad:
+        del types["grads_ptr"]
+        constants["grads_ptr"] = None
+    target = _target(architecture)
+    options = multi_tensor.options_for(target.backend, target.warp_size, constants)
+    return _compile(multi_tensor.multi_tensor_kernel, types, constants, options, architecture)
 
 
-class SimulatedKernel:
-    """Takes the place of `multi_tensor_kernel`: `kernel[grid](...)` runs in the simulator.
+@functools.cache
+def compile_rows(rule: str, is_double: bool, is_step: bool, architecture: str) -> Any:
+    types = {**ROWS_TYPES, "rows_ptr": "*fp64" if is_double else "*fp32"}
+    constants = multi_tensor.rows_variant(RULES[rule], is_step)
+    return _compile(rows.make_rows_kernel, types, constants, rows.OPTIONS, architecture)
 
-    Attributes:
-        simulator: with the statistics of every launch.
-        variants: what each launch was compiled for.
-    """
 
-    def __init__(self, architecture: int = 90) -> None:
-        self.simulator = Simulator()
-        self.variants: list[tuple[tuple[str, Any], ...]] = []
-        self.architecture = architecture
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict, architecture: str) -> Any:
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=_target(architecture), options=options)
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(addresses: Any, numels: Any, *others: Any, **constants: Any) -> None:
-            constants = {name: value for name, value in constants.items() if name not in multi_tensor.OPTIONS}
-            self.variants.append(tuple(constants.items()))
-            kernel, block, shared = load_kernel(self.architecture, self.variants[-1])
-            param, state = (constants[name].primitive_bitwidth // 8 for name in ("PARAM", "STATE"))
-            widths = (param, param, state, state, state, max(param, 4))
-            arguments = (addresses, numels, *others)
-            self.simulator.run(kernel, grid[0], block, arguments, addresses, numels, widths, shared)
 
-        return launch
+def _target(architecture: str) -> GPUTarget:
+    """sm_90 is NVIDIA's, gfx942 is AMD's, whose data-centre GPUs have warps of 64."""
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+@functools.cache
+def load(compiled: Any) -> ptxsim.Kernel:
+    return ptxsim.load_ptx(compiled.asm["ptx"])[compiled.metadata.name]
+
+
+def run_simulated(launch: RandomLaunch, architecture: str) -> Any:
+    """Returns ptxsim's statistics."""
+    compiled = compile_step(launch.variant, architecture)
+
+    def arguments(tables: dict[str, int]) -> list[int]:
+        grads = [tables["grads"]] * launch.variant.has_grad
+        others = [tables[name] for name in ("rows", "next_numbers", "chunks")]
+        return [tables["table"], *grads, *others, launch.chunk_size]
+
+    return simulate(load(compiled), 32 * compiled.metadata.num_warps, launch, arguments, compiled.metadata.shared)
 
 
 @functools.cache
 def interpreted_kernels() -> Any:
     """A second copy of the kernels, whose functions run in Triton's interpreter, on CPU tensors."""
-    names = [f"xgrad_optim.kernels.{name}" for name in ("rules", "element", "multi_tensor")]
+    names = [f"xgrad_optim.kernels.{name}" for name in ("rules", "element", "rows", "multi_tensor")]
     compiled = {name: sys.modules.pop(name) for name in names}
     was_interpreting, triton.knobs.runtime.interpret = triton.knobs.runtime.interpret, True
     try:
@@ -87,20 +110,3 @@ def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
     if target == tl.bfloat16:
         return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
     return torch.from_numpy(values.view("i2")).view(torch.bfloat16).float().numpy()
-
-
-RULES = {optimizer.rule.name: optimizer.rule for optimizer in (XSGDM, XAdam, XAdaBelief, XAdaM3)}
-
-
-def all_variants(rule: Rule, has_grad: bool) -> list[dict[str, Any]]:
-    """All that a step or a swap of this rule can be compiled for."""
-    narrow = [dtype for dtype, compute in COMPUTE_DTYPES.items() if dtype != compute]
-    storage = [(dtype, dtype, False) for dtype in COMPUTE_DTYPES]
-    storage += [(dtype, compute, True) for dtype, compute in COMPUTE_DTYPES.items()]
-    storage += [(dtype, COMPUTE_DTYPES[dtype], False) for dtype in narrow]
-    return [
-        multi_tensor.variant(rule, dtype, state_dtype, has_grad, has_max, has_master, trusts_master)
-        for dtype, state_dtype, has_master in storage
-        for has_max in ((False, True) if "exp_avg_sq" in rule.state_keys else (False,))
-        for trusts_master in ((False, True) if has_master else (False,))
-    ]

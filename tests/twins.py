@@ -6,12 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from xgrad_optim import backend_native
+from xgrad_optim.backends import cpu
 
-REASON = backend_native.unavailable()
+REASON = cpu.unavailable()
 needs_library = pytest.mark.skipif(REASON is not None, reason=f"no native library: {REASON}")
 
+
+def runs(optimizer: torch.optim.Optimizer) -> list:
+    """The launches of the last step, with their numbers and what ran them."""
+    return optimizer._planner.last_step.runs
+
+
+def launches(optimizer: torch.optim.Optimizer) -> list:
+    return [run.launch for run in runs(optimizer)]
+
+
 INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether the tensors hold the same bits; every NaN counts as the same, IEEE 754 leaves its bits open."""

@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from xgrad_optim import __version__, available_backends, tensor_reader
+from xgrad_optim import __version__, available_backends
+from xgrad_optim.backends import addresses
 
 
 def _devices() -> list[str]:
@@ -21,7 +22,8 @@ def _devices() -> list[str]:
 
 
 def report() -> str:
-    why_python = tensor_reader.unavailable()
+    """What `python -m xgrad_optim` prints."""
+    why_python = addresses.unavailable()
     lines = [
         f"xgrad_optim {__version__}",
         f"python      {platform.python_version()} on {platform.system()}",

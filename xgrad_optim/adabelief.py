@@ -2,12 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from xgrad_optim.adam import adam_coefficients, direction
-from xgrad_optim.docs import ADAM_ARGS_DOC, COMMON_DOC, DECOUPLED_DOC
-from xgrad_optim.optimizer import XGradOptimizer
-from xgrad_optim.rule import Blocks, Hyper, Rule
+from xgrad_optim.adam import AdamVariant, adam_coefficients, direction
+from xgrad_optim.rule import Blocks, Hyper, Rule, takes_common
 
 
 def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> None:
@@ -25,16 +22,19 @@ ADABELIEF = Rule(
     state_keys=("exp_avg", "exp_avg_sq"),
     required_state=("step", "exp_avg", "exp_avg_sq"),
     required_options=("rule", "lr", "betas", "eps", "amsgrad"),  # no class of torch.optim has this state
+    options=("lr", "beta1", "beta2", "eps"),
     accumulate_columns=("one_minus_beta1", "beta2", "one_minus_beta2"),
     direction_columns=("rsqrt_bias_correction2", "eps"),
     coefficients=adam_coefficients,
     accumulate=accumulate,
     direction=direction,
+    stored_options=("eps",),
 )
 
 
-class XAdaBelief(XGradOptimizer):
-    __doc__ = f"""AdaBelief whose gradients are taken at the weights that it is about to reach.
+@takes_common
+class XAdaBelief(AdamVariant):
+    """AdaBelief whose gradients are taken at the weights that it is about to reach.
 
     With theta the weights and g the gradient at theta_hat::
 
@@ -47,52 +47,20 @@ class XAdaBelief(XGradOptimizer):
         theta_hat   = theta - prediction_steps * step_size * delta
 
     With ``amsgrad`` the running maximum of exp_avg_sq replaces it in delta. No rectification.
-{ADAM_ARGS_DOC.format(eps="added to exp_avg_sq at every step and to its root, >= 0", weight_decay="weight decay, >= 0")}
-{DECOUPLED_DOC}
-{COMMON_DOC}
-    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter, and
-    0-dim numbers. Pure float16 state can't hold the default eps: use ``master_weights=True`` there.
+
+    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter. Pure float16
+    state can't hold the default eps: use ``master_weights=True`` there.
 
     Sources: XGrad, arXiv 2305.18240, Algorithm 1; AdaBelief, arXiv 2010.07468, Algorithm 2.
+
+    Args:
+        params: parameters, named parameters or param groups, as every torch optimizer takes them.
+        lr (float or 1-element Tensor): learning rate, >= 0.
+        betas (pair of floats): decay rates of exp_avg and exp_avg_sq, each in [0, 1).
+        eps (float): added to exp_avg_sq at every step and to its root, >= 0.
+        weight_decay (float): weight decay, >= 0.
+        amsgrad (bool): use the running maximum of exp_avg_sq.
+        decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient.
     """
 
     rule = ADABELIEF
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-16,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        decoupled_weight_decay: bool = True,
-        prediction_steps: float = 1.0,
-        master_weights: bool = False,
-        backend: str | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "prediction_steps": prediction_steps,
-                "master_weights": master_weights,
-                "backend": backend,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )

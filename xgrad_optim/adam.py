@@ -1,26 +1,28 @@
-"""XAdam and XAdamW: one rule at predicted weights; whether the weight decay is decoupled tells them apart."""
+"""XAdam and XAdamW: one rule at predicted weights; XAdamW always decouples the weight decay."""
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from xgrad_optim.docs import ADAM_ARGS_DOC, COMMON_DOC
-from xgrad_optim.numeric import Number, sqrt, square_root
+from xgrad_optim.numeric import power, sqrt
 from xgrad_optim.optimizer import XGradOptimizer
-from xgrad_optim.rule import Blocks, Hyper, Options, Rule
+from xgrad_optim.rule import Blocks, Common, Hyper, Rule, takes_common
 
 
-def adam_coefficients(options: Options, step: Number) -> dict[str, Number]:
+def adam_coefficients(options: Mapping[str, float], step: int) -> dict[str, float]:
     """The columns of the whole Adam family; each of its rules lists those that it reads."""
-    beta1, beta2 = options["betas"]
+    beta1, beta2 = options["beta1"], options["beta2"]
     return {
-        "step_size": options["lr"] / (1.0 - beta1**step),
+        "step_size": options["lr"] / (1.0 - power(beta1, step)),
         "one_minus_beta1": 1.0 - beta1,
         "beta2": beta2,
         "one_minus_beta2": 1.0 - beta2,
-        "rsqrt_bias_correction2": 1.0 / square_root(1.0 - beta2**step),
+        "rsqrt_bias_correction2": 1.0 / math.sqrt(1.0 - power(beta2, step)),
         "eps": options["eps"],
     }
 
@@ -45,6 +47,7 @@ ADAM = Rule(
     state_keys=("exp_avg", "exp_avg_sq"),
     required_state=("step", "exp_avg", "exp_avg_sq"),
     required_options=("lr", "betas", "eps", "amsgrad"),
+    options=("lr", "beta1", "beta2", "eps"),
     accumulate_columns=("one_minus_beta1", "beta2", "one_minus_beta2"),
     direction_columns=("rsqrt_bias_correction2", "eps"),
     coefficients=adam_coefficients,
@@ -52,7 +55,14 @@ ADAM = Rule(
     direction=direction,
 )
 
-_UPDATE_DOC = """
+
+@takes_common
+class XAdam(XGradOptimizer):
+    """Adam whose gradients are taken at the weights that it is about to reach.
+
+    A drop-in replacement for :class:`torch.optim.Adam`. With theta the weights and g the gradient at theta_hat::
+
+        g          <- g + weight_decay * theta      (decoupled: theta <- theta * (1 - lr * weight_decay))
         exp_avg    <- beta1 * exp_avg + (1 - beta1) * g
         exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g^2
         delta       = exp_avg / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
@@ -60,25 +70,23 @@ _UPDATE_DOC = """
         theta      <- theta - step_size * delta
         theta_hat   = theta - prediction_steps * step_size * delta
 
-    With ``amsgrad`` the running maximum of exp_avg_sq replaces it in delta."""
+    With ``amsgrad`` the running maximum of exp_avg_sq replaces it in delta.
 
-
-class XAdam(XGradOptimizer):
-    __doc__ = f"""Adam whose gradients are taken at the weights that it is about to reach.
-
-    A drop-in replacement for :class:`torch.optim.Adam`. With theta the weights and g the gradient at theta_hat::
-
-        g          <- g + weight_decay * theta{_UPDATE_DOC}
-{ADAM_ARGS_DOC.format(eps="added to the root, >= 0", weight_decay="L2 penalty, >= 0")}
-{COMMON_DOC}
-    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter, and
-    0-dim numbers.
+    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter.
 
     Sources: XGrad, arXiv 2305.18240, Algorithm 1; Adam, arXiv 1412.6980; AMSGrad, Reddi et al. 2018.
+
+    Args:
+        params: parameters, named parameters or param groups, as every torch optimizer takes them.
+        lr (float or 1-element Tensor): learning rate, >= 0.
+        betas (pair of floats): decay rates of exp_avg and exp_avg_sq, each in [0, 1).
+        eps (float): added to the root, >= 0.
+        weight_decay (float): L2 penalty, >= 0.
+        amsgrad (bool): use the running maximum of exp_avg_sq.
+        decoupled_weight_decay (bool): decay the weights as AdamW does; False adds an L2 penalty to the gradient.
     """
 
     rule = ADAM
-    fixed_options: ClassVar = {"decoupled_weight_decay": False}
 
     def __init__(
         self,
@@ -89,48 +97,41 @@ class XAdam(XGradOptimizer):
         weight_decay: float = 0,
         amsgrad: bool = False,
         *,
-        prediction_steps: float = 1.0,
-        master_weights: bool = False,
-        backend: str | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "prediction_steps": prediction_steps,
-                "master_weights": master_weights,
-                "backend": backend,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, {**options, "decoupled_weight_decay": decoupled_weight_decay}, **common)
 
 
+@takes_common
 class XAdamW(XAdam):
-    __doc__ = f"""Adam with decoupled weight decay whose gradients are taken at the weights that it is about to reach.
+    """Adam with decoupled weight decay whose gradients are taken at the weights that it is about to reach.
 
     A drop-in replacement for :class:`torch.optim.AdamW`. With theta the weights and g the gradient at theta_hat::
 
-        theta      <- theta * (1 - lr * weight_decay){_UPDATE_DOC}
+        theta      <- theta * (1 - lr * weight_decay)
+        exp_avg    <- beta1 * exp_avg + (1 - beta1) * g
+        exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g^2
+        delta       = exp_avg / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
+        step_size   = lr / (1 - beta1^t)
+        theta      <- theta - step_size * delta
+        theta_hat   = theta - prediction_steps * step_size * delta
+
+    With ``amsgrad`` the running maximum of exp_avg_sq replaces it in delta.
     Weight decay is not part of the prediction.
-{ADAM_ARGS_DOC.format(eps="added to the root, >= 0", weight_decay="decoupled weight decay, >= 0")}
-{COMMON_DOC}
-    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter, and
-    0-dim numbers.
+
+    State per parameter: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``), shaped like the parameter.
 
     Sources: XGrad, arXiv 2305.18240, Algorithm 1; AdamW, arXiv 1711.05101, Algorithm 2; AMSGrad, Reddi et al. 2018.
+
+    Args:
+        params: parameters, named parameters or param groups, as every torch optimizer takes them.
+        lr (float or 1-element Tensor): learning rate, >= 0.
+        betas (pair of floats): decay rates of exp_avg and exp_avg_sq, each in [0, 1).
+        eps (float): added to the root, >= 0.
+        weight_decay (float): decoupled weight decay, >= 0.
+        amsgrad (bool): use the running maximum of exp_avg_sq.
     """
 
     fixed_options: ClassVar = {"decoupled_weight_decay": True}
@@ -143,29 +144,25 @@ class XAdamW(XAdam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        *,
-        prediction_steps: float = 1.0,
-        master_weights: bool = False,
-        backend: str | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            prediction_steps=prediction_steps,
-            master_weights=master_weights,
-            backend=backend,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **common)
+
+
+class AdamVariant(XGradOptimizer):
+    """The constructor of XAdaBelief and XAdaM3, whose eps is added to exp_avg_sq: Adam's arguments, other defaults."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-16,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, {**options, "decoupled_weight_decay": decoupled_weight_decay}, **common)

@@ -1,4 +1,7 @@
-"""What `load_state_dict` makes of a saved state: checked as a whole first, no number rounded, no tensor shared."""
+"""What `load_state_dict` makes of a saved state: checked as a whole first, no number rounded, no tensor shared.
+
+And whether the weights in a model are the ones that a loaded state says they are.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,19 +13,34 @@ import torch
 from torch import Tensor
 
 from xgrad_optim.layout import DTensor, place_like
-from xgrad_optim.options import EXECUTION_OPTIONS, check_options
-from xgrad_optim.rule import Rule
+from xgrad_optim.notes import warn
+from xgrad_optim.options import EXECUTION_OPTIONS, checked_options
+from xgrad_optim.plan import Groups, round_trip
+from xgrad_optim.rule import Options, Rule
 from xgrad_optim.state import state_dtype
 
-Groups = list[dict[str, Any]]
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def warn_of_mismatch(rule: Rule, groups: Groups, state: Mapping[Tensor, Any]) -> None:
+    """Say so where the parameters do not hold the predicted weights that the state was saved with.
+
+    A state that calls the weights the true ones says nothing: they may have been loaded or clipped since.
+    """
+    if not round_trip(rule, groups, state)[0]:
+        warn(
+            "the parameters do not hold the predicted weights that the loaded optimizer state was saved with: the "
+            "model's file is of another mode or moment. Save both in one mode, as an attached optimizer and its model "
+            "are, and load both before they are used, the model first"
+        )
 
 
 def load(
-    rule: Rule, groups: Groups, state_dict: Mapping[str, Any]
+    rule: Rule, fixed: Options, groups: Groups, state_dict: Mapping[str, Any]
 ) -> tuple[Groups, defaultdict[Tensor, dict[str, Any]]]:
-    """The param groups and the state to adopt. Raises ValueError, having changed nothing, where they do not fit."""
+    """The param groups, with `fixed` entries, and the state to adopt. Raises ValueError where they do not fit."""
     saved_groups = _saved_groups(groups, state_dict)
-    new_groups = [_load_group(rule, *pair) for pair in zip(groups, saved_groups, strict=True)]
+    new_groups = [_load_group(rule, fixed, *pair) for pair in zip(groups, saved_groups, strict=True)]
     params = {
         saved_id: param
         for group, saved in zip(groups, saved_groups, strict=True)
@@ -31,8 +49,7 @@ def load(
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for saved_id, saved_state in state_dict["state"].items():
         if saved_id not in params:
-            if isinstance(saved_state, Mapping):
-                state[saved_id] = dict(saved_state)
+            state[saved_id] = deepcopy(saved_state)
         elif loaded := _load_param_state(rule, saved_id, params[saved_id], saved_state):
             state[params[saved_id]] = loaded
     return new_groups, state
@@ -51,7 +68,7 @@ def _saved_groups(groups: Groups, state_dict: Mapping[str, Any]) -> Groups:
     return saved_groups
 
 
-def _load_group(rule: Rule, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def _load_group(rule: Rule, fixed: Options, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The saved options, completed by the present ones; which code runs stays as it is on this machine."""
     owner = saved.get("rule", rule.name)
     missing = [name for name in rule.required_options if name not in saved]
@@ -62,17 +79,27 @@ def _load_group(rule: Rule, group: dict[str, Any], saved: Mapping[str, Any]) -> 
         )
     kept = ("params", *EXECUTION_OPTIONS)
     loaded = {name: deepcopy(value) for name, value in saved.items() if name not in kept}
-    new_group = {**group, **loaded}
-    check_options(rule, new_group)
-    return new_group
+    name = "decoupled_weight_decay"
+    if name in fixed and saved.get(name, fixed[name]) != fixed[name] and saved.get("weight_decay"):
+        warn(
+            f"the loaded state dict has {name}={saved[name]}, this optimizer always has {name}={fixed[name]}: the same "
+            f"weight_decay={saved['weight_decay']} is another regularization here"
+        )
+    try:
+        # A run's own numbers come back as they were: a schedule may have ended a rounding error below 0.
+        return checked_options(rule, {**group, **loaded, **fixed}, check_ranges=False)
+    except TypeError as error:
+        raise ValueError(f"loaded state dict: {error}") from error
 
 
 def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> dict[str, Any]:
     where = f"loaded state dict: the state of parameter {saved_id}"
     if not isinstance(saved, Mapping):
         raise ValueError(f"{where} must be a dict, got {saved!r}")
-    if all(value is None for value in saved.values()):  # nothing yet, or torch.optim.SGD without momentum
-        return {}
+    ours = {*rule.number_keys, *rule.buffer_keys}
+    foreign = {key: _moved(param, deepcopy(value)) for key, value in saved.items() if key not in ours}
+    if all(saved.get(key) is None for key in ours):  # nothing yet, or torch.optim.SGD without momentum
+        return foreign
     for key in rule.required_state:
         if saved.get(key) is None:
             raise ValueError(f"{where} has no {key!r}")
@@ -91,8 +118,12 @@ def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> d
             )
     numbers = {key: _number(f"{where}: {key!r}", saved[key]) for key in rule.number_keys if key in saved}
     dtype = state_dtype(param, buffers)  # torch's own load_state_dict would round to the parameter's
-    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in buffers and key not in numbers}
-    return loaded | numbers | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
+    return foreign | numbers | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
+
+
+def _moved(param: Tensor, value: Any) -> Any:
+    """What users keep beside our state, on the parameter's device as in torch.optim."""
+    return value.to(param.device) if isinstance(value, Tensor) else value
 
 
 def _number(where: str, value: Any) -> Tensor:

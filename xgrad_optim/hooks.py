@@ -1,13 +1,26 @@
-"""`attach`: the hooks by which a model's forwards and checkpoints find the weights that they need in place."""
+"""The hooks by which a model's forwards, copies and checkpoints find the weights that they need in place.
 
-import warnings
+A model holds theta_hat, or theta, or nobody can tell without a look at the optimizer's state: `Switch.position`. A
+forward compares it with the mode of its module, and only where they differ asks who has called it and has the weights
+exchanged. Nothing is noted about running forwards, so an interrupted one leaves nothing behind; threads that find
+their weights in place never wait for each other.
+"""
+
+import sys
 import weakref
+from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
+
+from xgrad_optim.covers import cover, uncover, without
+from xgrad_optim.notes import warn
+from xgrad_optim.recorders import untraced
+from xgrad_optim.switch import Switch
 
 if TYPE_CHECKING:
     from xgrad_optim.optimizer import XGradOptimizer
@@ -18,68 +31,54 @@ else:  # builds of torch without distributed
     FSDPModule = ()  # type: ignore[assignment,misc]
 
 
-class Switch:
-    """Which weights an optimizer has put in place last, and the models that must hear of it.
+FSDP1 = (
+    "FullyShardedDataParallel keeps gathered copies of its weights from one forward to the next, which a swap does not "
+    "reach, so that forwards would see the weights of the other mode. Shard the model with "
+    "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version 2), then attach"
+)
 
-    One for each optimizer, changed in place and never replaced: hooks and wrappers of the optimizer share it.
-
-    Attributes:
-        position: True where `train()` would change nothing, False where `eval()` would not, None where it takes a look
-            at the state to know.
-        is_loaded: whether the state was loaded and not used since: the model that belongs to it may still be to come.
-        pins: how many `true_weights()` blocks are open.
-        outermost: of the attached modules that are running, the id of the one that was called first, or 0. The module
-            itself would be one object by two names to torch.compile, which refuses that.
-        attachments: the optimizer's own, as long as their models live.
-    """
-
-    def __init__(self) -> None:
-        self.position: bool | None = None
-        self.is_loaded = False
-        self.pins = 0
-        self.outermost = 0
-        self.attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
-
-    def turn(self, position: bool | None) -> None:
-        """Note what the parameters now hold; None where the state has been replaced, or only a device knows."""
-        self.position = position
-
-    def drop_copies(self) -> None:
-        """Parameters have changed outside of a step: drop the copies of them that torch keeps for the next forward."""
-        torch.clear_autocast_cache()
-        for attachment in self.attachments:
-            attachment.reshard()
-
-    def extend(self) -> None:
-        """The optimizer has new parameters, so more modules may concern it."""
-        for attachment in self.attachments:
-            attachment.add_hooks()
+_BEFORE_TRACING = (
+    "the optimizer exchanges the weights here, which no graph can hold: before you compile, export or trace the model, "
+    "call model.eval() or optimizer.eval(), for training mode optimizer.train()"
+)
 
 
 class Attachment:
     """The hooks of one optimizer on one model, and the handle to remove them.
 
     Every module that contains a parameter of the optimizer is hooked, because training stacks call submodules as well
-    as the whole. A copy of the model (deepcopy, pickle) carries an attachment without an optimizer, which does nothing.
+    as the whole. Copies and pickles of the model are made without the hooks, at theta. Where a class copies a module's
+    attributes by its own code, the copy carries an attachment without an optimizer, which does nothing.
+
+    Attributes:
+        is_partial: whether the model may have trainable parameters that no attached optimizer owns.
     """
 
     def __init__(self, optimizer: Optional["XGradOptimizer"] = None, model: Module | None = None) -> None:
         self.optimizer = optimizer
         self.switch = Switch() if optimizer is None else optimizer._switch
+        self.is_partial = False
         self._model = (lambda: None) if model is None else weakref.ref(model)
-        self._hooked: weakref.WeakSet[Module] = weakref.WeakSet()
-        self._handles: list[RemovableHandle] = []
-        self._is_checked = False
-        self.reshard()
-        self.add_hooks()
+        self._handles: weakref.WeakKeyDictionary[Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
+        self._params: list[tuple[str, weakref.ref[Tensor]]] = []
+
+    @property
+    def model(self) -> Module | None:
+        """The model, while it lives."""
+        return self._model()
 
     def remove(self) -> None:
         """Take the hooks off the model. The parameters keep the weights that they hold."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hooked.clear()
+        self.optimizer = None
         self.switch.attachments.discard(self)
+        for module, handles in list(self._handles.items()):
+            for handle in handles:
+                handle.remove()
+            if not attachments_of(module):
+                uncover(module)
+        self._handles.clear()
+        # Where another attachment covers some of the same modules, its hooks were these.
+        self.switch.extend()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -97,107 +96,189 @@ class Attachment:
 
     def _warn_of_copy(self) -> None:
         if self.optimizer is not None and self.optimizer.predicted:
-            warnings.warn(
+            warn(
                 "a model was copied or pickled while its parameters held predicted weights, and so does the copy. "
-                "For the true weights copy it inside `with optimizer.true_weights():`",
-                stacklevel=3,
+                "For the true weights copy it inside `with optimizer.true_weights():`"
             )
 
     # -- the hooks -----------------------------------------------------------------------------------------------
 
     def add_hooks(self) -> None:
         """Hook the modules that contain a parameter of the optimizer and are not hooked yet."""
-        model = self._model()
+        model = self.model
         if model is None or self.optimizer is None:
             return
-        owned = _owned(self.optimizer)
+        self.switch.attachments.add(self)
+        self._forget_check()
+        self._note_params(model)
+        owned = owned_by(self.optimizer)
         for module in model.modules():
-            if module not in self._hooked and any(param in owned for param in module.parameters()):
-                self._hooked.add(module)
-                self._handles += (
-                    # Ahead of all others: FSDP's pre-forward hook gathers what the parameters hold by then.
-                    module.register_forward_pre_hook(self.enter, prepend=True),
-                    module.register_forward_hook(self.leave, always_call=True),
-                    module.register_state_dict_pre_hook(self.save),
-                    module.register_load_state_dict_pre_hook(self.load),
-                )
+            if not self._covers(module) and not owned.isdisjoint(module.parameters()):
+                self._hook(module)
+        for module in _wrapped_by(model):
+            cover(module, "train", _train)
+
+    def _hook(self, module: Module) -> None:
+        """Each hook is noted before the next one is set: what fails half-way can be removed, or done again."""
+        handles = self._handles.setdefault(module, [])
+        # By methods of Module, as scripted modules refuse their own.
+        handles.append(Module.register_forward_hook(module, self.leave))
+        handles.append(Module.register_state_dict_pre_hook(module, self.save))
+        handles.append(Module._register_load_state_dict_pre_hook(module, self.load, with_module=True))
+        cover(module, "__getstate__", _getstate)
+        # Classes that copy their modules by code of their own: parametrized ones, those of torch.fx.
+        if hasattr(type(module), "__deepcopy__"):
+            cover(module, "__deepcopy__", _at_theta)
+        if type(module).__reduce__ is not object.__reduce__:
+            cover(module, "__reduce__", _at_theta)
+        # Ahead of all others: FSDP's pre-forward hook gathers what the parameters hold by then.
+        handles.append(Module.register_forward_pre_hook(module, self.enter, prepend=True))
+
+    def _covers(self, module: Module) -> bool:
+        """Whether the module has the hooks of this optimizer, here or by another attachment."""
+        return any(attachment.switch is self.switch for attachment in attachments_of(module))
+
+    def hook_ids(self, module: Module) -> set[int]:
+        """The keys of this attachment's hooks in the module's tables of hooks."""
+        return {handle.id for handle in self._handles.get(module, ())}
 
     def enter(self, module: Module, args: object) -> None:
-        """Forward pre-hook. Modules inside a running one follow it: a frozen BatchNorm must not swap mid-forward."""
+        """Forward pre-hook: the outermost module that runs decides which weights it and those inside it see."""
         switch = self.switch
-        # The outermost one anew is what an interrupted forward leaves behind, or a recursion, of the same mode.
-        if switch.outermost == 0 or switch.outermost == id(module):
-            switch.outermost = id(module)
-            if switch.position is not module.training:
-                self._place(module)
+        if torch.compiler.is_dynamo_compiling():
+            # Forwards that dynamo inlines are not on the stack, where `_place` looks for those that run.
+            switch.traced = switch.traced or id(module)
+            if switch.traced != id(module):
+                return
+        if switch.position is not module.training:
+            self._place(module)
 
     def leave(self, module: Module, args: object, output: object) -> None:
-        """Forward hook, called also where the forward raises."""
-        if self.switch.outermost == id(module):
-            self.switch.outermost = 0
+        """Forward hook."""
+        if self.switch.traced == id(module):
+            self.switch.traced = 0
 
     def save(self, module: Module, *args: object) -> None:
         """Pre-hook of state_dict: what is saved is theta."""
         if self.optimizer is not None and self.switch.position is not False:
             self.optimizer.eval()
 
-    def load(self, module: Module, *args: object) -> None:
+    def load(self, module: Module, state_dict: object, prefix: str, metadata: dict[str, Any], *args: object) -> None:
         """Pre-hook of load_state_dict: what is loaded is theta."""
         if self.optimizer is not None and self.switch.is_loaded and self.optimizer.predicted:
             self.switch.is_loaded = False
-            warnings.warn(
+            warn(
                 "the optimizer's state was saved while its parameters held predicted weights, but the weights that "
                 "are loaded after it into the attached model are taken for the true ones. Where both are of one "
-                "checkpoint, load the model first",
-                stacklevel=2,
+                "checkpoint, load the model first"
             )
-        self._is_checked = False
         self.save(module)
+        if metadata.get("assign_to_params_buffers"):  # load_state_dict(assign=True) replaces the parameters
+            self._params.clear()
+            self._forget_check()
 
-    @torch._disable_dynamo
+    def follow_eval(self, module: Module) -> None:
+        """The module is in evaluation mode now: put theta in place if it is the model, or what the model wraps."""
+        if self.switch.position is not False:
+            self._place_theta(module)
+
+    @untraced(_BEFORE_TRACING)
+    def _place_theta(self, module: Module) -> None:
+        models = [attachment.model for attachment in self.switch.attachments]
+        is_whole = any(model is not None and module in _wrapped_by(model) for model in models)
+        # In the middle of a forward it is left to the next one.
+        if self.optimizer is not None and is_whole and not self._is_running():
+            self.optimizer.eval()
+
+    @untraced(_BEFORE_TRACING)
     def _place(self, module: Module) -> None:
-        """Put the weights in place that a forward in this module's mode is to see."""
-        if self.optimizer is None or (module.training and self.switch.pins):
+        """Put the weights in place that a forward of this module is to see, if no other module's has called it."""
+        optimizer, switch, mode = self.optimizer, self.switch, module.training
+        # Inside a running one it follows that one: a frozen BatchNorm must not swap mid-forward.
+        if optimizer is None or (mode and switch.pins) or self._is_running(but=module):
+            return
+        # What is recomputed in a backward sees what the first forward has seen.
+        if torch._C._current_graph_task_id() != -1:
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "DataParallel copies the weights before its replicas run: attach the DataParallel module itself"
             )
-        if not self._is_checked:
-            self._check()
-            self._is_checked = True
-        self.optimizer.train(module.training)
+        with switch.lock:
+            if switch.position is mode:  # another thread has just done it
+                return
+            if not switch.is_checked:
+                switch.check()
+            self.reshard()
+            # Weights that the caller has handed in (torch.func.functional_call) are its own business; torch.export's
+            # stand for ours.
+            if owned_by(optimizer).isdisjoint(module.parameters()) and not torch.compiler.is_exporting():
+                return
+            traced = switch.traced
+            if mode:
+                optimizer._predict()
+            else:
+                optimizer.eval()
+            switch.traced = traced  # the module that asked for the swap still runs
+
+    def _is_running(self, but: Module | None = None) -> bool:
+        """Whether this thread is inside a forward of a module that the optimizer is attached to, `but` this call."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_name == "_call_impl":
+                module = frame.f_locals.get("self")
+                if module is but:
+                    but = None
+                elif isinstance(module, Module) and self._covers(module):
+                    return True
+            frame = frame.f_back
+        return False
 
     # -- what the model must be ----------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        """Raise RuntimeError where the hooks would leave some weights of the model as they are, or come too late.
-
-        Asked at the first forward, when all optimizers of the model are attached.
-        """
+    def _note_params(self, model: Module) -> None:
+        """Note the model's own parameters: during a forward it may hold others, which the caller has handed in."""
         self.reshard()
-        model = self._model()
-        assert model is not None
+        self._params = [(name, weakref.ref(param)) for name, param in model.named_parameters()]
+
+    def _forget_check(self) -> None:
+        self.switch.is_checked, self.switch.position = False, None
+
+    def problem(self) -> str | None:
+        """Why the hooks would leave some weights of the model as they are, or come too late; None where they are right.
+
+        The first forward raises it, when all optimizers of the model are attached.
+        """
+        model = self.model
+        if model is None:
+            return None
+        if not self._params:
+            self._note_params(model)
         owned: set[Tensor] = set()
         for module in model.modules():
-            attachments = _attachments(module)
-            owned.update(*(_owned(attachment.optimizer) for attachment in attachments if attachment.optimizer))
+            attachments = attachments_of(module)
+            owned.update(*(owned_by(attachment.optimizer) for attachment in attachments if attachment.optimizer))
             first = next(iter(module._forward_pre_hooks.values()), None)
             if isinstance(module, FSDPModule) and attachments and getattr(first, "__self__", None) not in attachments:
-                raise RuntimeError("a module was sharded after attach(model): call fully_shard first, then attach")
-        missed = [name for name, param in model.named_parameters() if param.requires_grad and param not in owned]
-        if missed:
-            raise RuntimeError(
+                return "a module was sharded after attach(model): call fully_shard first, then attach"
+        if are_flattened(owned):
+            return FSDP1
+        params = [(name, ref()) for name, ref in self._params]
+        missed = [name for name, param in params if param is not None and param.requires_grad and param not in owned]
+        if missed and not self.is_partial:
+            return (
                 f"{len(missed)} trainable parameters of the attached model, {missed[0]!r} the first, belong to no "
                 "attached optimizer, so that nothing takes them to the weights that a forward needs. Attach the XGrad "
-                "optimizer that owns them as well, or attach this one to the submodules whose parameters it owns. The "
-                "optimizer inside a ZeroRedundancyOptimizer can't be attached: call zero.optim.eval() or train() and "
-                "then zero._sync_params(). After load_state_dict(assign=True) make the optimizer anew"
+                "optimizer that owns them as well. If another optimizer owns them, or none, so that they hold the same "
+                "weights in both modes, say attach(model, partial=True). The optimizer inside a "
+                "ZeroRedundancyOptimizer can't be attached: call zero.optim.eval() or train() and then "
+                "zero._sync_params(). After load_state_dict(assign=True) make the optimizer anew"
             )
+        return None
 
     def reshard(self) -> None:
         """Drop the weights that FSDP has gathered: it keeps them after a forward without a backward."""
-        model = self._model()
+        model = self.model
         for module in () if model is None else model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -214,49 +295,55 @@ def _gathered(module: Any) -> list[Tensor]:
     return [param._unsharded_param for param in params if hasattr(param, "_unsharded_param")]
 
 
-def attach(optimizer: "XGradOptimizer", model: Module) -> Attachment:
-    """Hook the model. See :meth:`XGradOptimizer.attach`."""
-    if not isinstance(model, Module):
-        raise TypeError(f"attach expects a torch.nn.Module, got {type(model).__name__}")
-    attachment = Attachment(optimizer, model)
-    if not attachment._handles:
-        raise ValueError(
-            "attach(model) found none of the optimizer's parameters in the model: attach the model whose parameters() "
-            "the optimizer was made of, after whatever replaces them (fully_shard, accelerate's prepare)"
-        )
-    rivals = _rivals(optimizer, model)
-    if rivals and any(optimizer.state.values()):
-        attachment.remove()
-        raise RuntimeError(
-            "the model is attached to another optimizer with the same parameters, and both hold predictions for them: "
-            "attach before the first step, or call remove() on the handle of the other one"
-        )
-    # A cell that is run again, or Lightning's fit, makes the optimizer anew: the old one leaves theta and goes.
-    for rival in rivals:
-        rival.eval()
-        for old in list(rival._switch.attachments):
-            old.remove()
-    optimizer._switch.attachments.add(attachment)
-    # The next forward asks whether all parameters have an owner.
-    optimizer._switch.position = None
-    return attachment
+def are_flattened(params: Iterable[Tensor]) -> bool:
+    """Whether they lie in the flat parameters of FullyShardedDataParallel (FSDP1)."""
+    return any(getattr(param, "_fsdp_flattened", False) for param in params)
 
 
-def _rivals(optimizer: "XGradOptimizer", model: Module) -> set["XGradOptimizer"]:
-    """Other optimizers that are attached to the model and own some of the same parameters."""
-    owned = _owned(optimizer)
-    others = {attachment.optimizer for module in model.modules() for attachment in _attachments(module)}
-    return {
-        other
-        for other in others
-        if other is not None and other._switch is not optimizer._switch and not owned.isdisjoint(_owned(other))
-    }
+def _wrapped_by(model: Module) -> list[Module]:
+    """The model, and the module with all of its parameters that DistributedDataParallel, torch.compile, ... wrap."""
+    modules, n_params = [model], sum(1 for _ in model.parameters())
+    for module in modules:
+        modules += [child for child in module.children() if sum(1 for _ in child.parameters()) == n_params]
+    return modules
 
 
-def _owned(optimizer: "XGradOptimizer") -> set[Tensor]:
+def owned_by(optimizer: "XGradOptimizer") -> set[Tensor]:
+    """The optimizer's parameters."""
     return {param for group in optimizer.param_groups for param in group["params"]}
 
 
-def _attachments(module: Module) -> list[Attachment]:
+def attachments_of(module: Module) -> list[Attachment]:
+    """Those whose hooks are on the module."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, Attachment)]
+
+
+# -- methods that an attached module has of its own ------------------------------------------------------------------
+
+
+def _train(module: Module, train: Callable[[bool], Module], mode: bool = True) -> Module:
+    """`Module.train` of an attached model, and so `eval`: evaluation mode puts theta in place at once.
+
+    What merges, exports, converts, prunes or serves a model reads its weights without a forward. theta_hat is for the
+    forwards of training alone, so training mode leaves it to the first one.
+    """
+    result = train(mode)
+    if not mode:
+        for attachment in attachments_of(module):
+            attachment.follow_eval(module)
+    return result
+
+
+def _getstate(module: Module, getstate: Callable[[], Any]) -> Any:
+    """`Module.__getstate__` of an attached module: copies and pickles are made of it, at theta and without hooks."""
+    state = _at_theta(module, getstate)
+    ids = frozenset().union(*(attachment.hook_ids(module) for attachment in attachments_of(module)))
+    return without(state, ids) if isinstance(state, dict) else state
+
+
+def _at_theta(module: Module, method: Callable[..., Any], *args: Any) -> Any:
+    """A method that makes a copy of an attached module."""
+    for attachment in attachments_of(module):
+        attachment.save(module)
+    return method(*args)

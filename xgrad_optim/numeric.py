@@ -1,11 +1,10 @@
-"""The numeric contract's PyTorch side: which type computes, and a square root that rounds correctly."""
-
-import math
-from typing import Any
+"""The numeric contract's Python side: which type computes, and functions that round the same way everywhere."""
 
 import numpy
 import torch
 from torch import Tensor
+
+from xgrad_optim.layout import owns_memory
 
 COMPUTE_DTYPES = {
     torch.float64: torch.float64,
@@ -13,9 +12,6 @@ COMPUTE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-Number = Any
-"""A float, or a float64 tensor of such numbers where the host must not know them."""
-
 REAL_DTYPES = {torch.complex128: torch.float64, torch.complex64: torch.float32}
 
 
@@ -25,6 +21,7 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_supported(dtype: torch.dtype) -> bool:
+    """Whether parameters may have this dtype."""
     return real_dtype(dtype) in COMPUTE_DTYPES
 
 
@@ -33,14 +30,23 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_complex else COMPUTE_DTYPES[dtype]
 
 
-def square_root(x: Number) -> Number:
-    """Of a coefficient."""
-    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+def power(base: float, exponent: int) -> float:
+    """base**exponent by repeated squaring, each product rounded once: the bits of csrc/numeric.h and kernels/rows.py.
+
+    No library promises the bits of its pow.
+    """
+    result = 1.0
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
 
 
 def sqrt(x: Tensor, out: Tensor) -> Tensor:
     """The correctly rounded square root. `torch.sqrt` is that on GPUs; on x86 CPUs it is vector math that is not."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and owns_memory(x) and owns_memory(out):
         numpy.sqrt(x.numpy(), out=out.numpy())
         return out
     return torch.sqrt(x, out=out)

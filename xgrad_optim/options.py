@@ -1,10 +1,17 @@
-"""The checks of every hyperparameter, applied to the defaults and to each param group alike."""
+"""The checks of what users pass: of an option's kind wherever it is used, of its range where a user sets it.
+
+torch.optim takes what it can compute with, and so do these checks: any real number (numpy's, a 1-element tensor, a
+bool) and any pair. Like there, a schedule or a user may move a number out of its range afterwards.
+"""
 
 import math
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 from xgrad_optim import backends
 from xgrad_optim.rule import Options, Rule
@@ -12,114 +19,186 @@ from xgrad_optim.rule import Options, Rule
 EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiable")
 """Which code runs, not what it computes: these belong to the machine, so a checkpoint does not change them."""
 
+FLAGS = ("amsgrad", "decoupled_weight_decay", "master_weights", "maximize", "nesterov", "capturable", "differentiable")
 
-def _number(name: str, value: object) -> float | None:
-    """The number, or None where it lives on a device: to know it would be to wait for it."""
-    if type(value) is float:  # nearly all are, and to ask for a Real takes long
+SWITCHES = (*FLAGS, "foreach", "fused", "backend")
+"""Options that are no numbers. They are checked when launches are built, which a change of one brings about."""
+
+ROUNDING = 1e-12
+"""How far below 0 rounding may leave a schedule that ends at 0."""
+
+NUMBERS = {
+    "lr": ("learning rate", -ROUNDING),
+    "momentum": ("momentum value", -ROUNDING),
+    "dampening": ("dampening value", -math.inf),
+    "eps": ("epsilon value", 0.0),
+    "weight_decay": ("weight_decay value", -ROUNDING),
+    "prediction_steps": ("prediction_steps value", -ROUNDING),
+}
+"""The words of torch.optim's errors, and the least value that a user may set. Numbers are read anew at every step."""
+
+BETAS = ("beta parameter at index 0", "beta parameter at index 1")
+
+
+def checked_options(rule: Rule, options: Options, *, check_ranges: bool = True) -> dict[str, Any]:
+    """The options as a param group keeps them: tensors as they are, other numbers and flags as Python's own.
+
+    Args:
+        check_ranges: False for options that a run has used: what schedules made of them stands.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: for the first option whose kind or range is wrong, or
+            that contradicts another one.
+    """
+    kept = dict(options)
+    for name, (title, least) in NUMBERS.items():
+        if name in options:
+            value = number(name, title, options[name])
+            kept[name] = _kept(options[name], value)
+            if check_ranges and value is not None and value < least:
+                raise ValueError(f"Invalid {title}: {value} ({name} must be >= 0)")
+            if check_ranges and value == 0 and name in rule.positive_options:
+                raise ValueError(f"Invalid {title}: {value} ({name} must be > 0)")
+    if "betas" in options:
+        betas = _pair(options["betas"])
+        values = [number(f"betas[{index}]", title, betas[index]) for index, title in enumerate(BETAS)]
+        kept["betas"] = tuple(map(_kept, betas, values))
+        for title, value in zip(BETAS, values, strict=True):
+            if check_ranges and value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"Invalid {title}: {value} (betas must be in [0, 1))")
+    for name in FLAGS:
+        if name in options:
+            kept[name] = options[name] is not None and _flag(name, options[name])
+    for name in ("foreach", "fused"):
+        if options.get(name) is not None:
+            kept[name] = _flag(name, options[name])
+    _check_switches(kept)
+    return kept
+
+
+def hyperparameters(options: Options) -> dict[str, float | Tensor]:
+    """The numbers by the names that rules have for them: as floats, or the tensor of one that lives on a device."""
+    found = {name: _known(name, NUMBERS[name][0], options[name]) for name in NUMBERS if name in options}
+    if "betas" in options:
+        betas = map(_known, ("betas[0]", "betas[1]"), BETAS, _pair(options["betas"]))
+        found |= zip(("beta1", "beta2"), betas, strict=True)
+    return found
+
+
+def _known(name: str, title: str, value: Any) -> float | Tensor:
+    if type(value) is float and value - value == 0.0:  # neither inf nor NaN, as nearly all are
         return value
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
+    known = number(name, title, value)
+    return value if known is None else known
+
+
+def number(name: str, title: str, value: object) -> float | None:
+    """The value as a float, or None where it lives on a device: to know it would be to wait for it.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is not finite, or does not have one element.
+    """
+    if isinstance(value, (Tensor, numpy.ndarray)):
+        if math.prod(value.shape) != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-        if not value.is_cpu:
+        if isinstance(value, Tensor) and not value.is_cpu:
             return None
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not hasattr(value, "__float__") or isinstance(value, (complex, numpy.complexfloating)):
         raise TypeError(f"{name} must be a real number or a 1-element Tensor, got {value!r}")
-    return float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond the range of floats
+        result = math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"Invalid {title}: {result} ({name} must be finite)")
+    return result
 
 
-def _at_least_zero(title: str) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        number = _number(name, value)
-        if number is not None and not (number >= 0.0 and math.isfinite(number)):
-            raise ValueError(f"Invalid {title}: {number} ({name} must be finite and >= 0)")
-
-    return check
+def _kept(value: object, known: float | None) -> object:
+    """Tensors may be changed in place; what a checkpoint is not to hold (numpy's types, fractions) becomes a float."""
+    return value if isinstance(value, (Tensor, int)) else known
 
 
-def _finite(name: str, value: object) -> None:
-    number = _number(name, value)
-    if number is not None and not math.isfinite(number):
-        raise ValueError(f"Invalid {name} value: {number} ({name} must be finite)")
+def _pair(value: Any) -> tuple[object, object]:
+    try:
+        if len(value) == 2 and not isinstance(value, (Mapping, str, bytes)):
+            return value[0], value[1]
+    except (TypeError, LookupError):
+        pass
+    raise TypeError(f"betas must be a pair of numbers, got {value!r}")
 
 
-def _betas(name: str, value: object) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {value!r}")
-    for index, beta in enumerate(value):
-        number = _number(f"betas[{index}]", beta)
-        if number is not None and not 0.0 <= number < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {number} (betas must be in [0, 1))")
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
+def _flag(name: str, value: object) -> bool:
+    try:
+        result = number(name, name, value)
+    except (TypeError, ValueError):
+        result = None
+    if result is None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(result)
 
 
-def _flag_or_none(name: str, value: object) -> None:
-    if value is not None:
-        _flag(name, value)
-
-
-def _nesterov(name: str, value: object) -> None:
-    _flag(name, value)
-    if value:
+def _check_switches(options: Options) -> None:
+    if options.get("nesterov"):
         raise ValueError(
             "nesterov=True is not an option of XSGDM: prediction_steps=momentum is Nesterov momentum as the model "
             "sees it. Use XSGDM(..., prediction_steps=momentum) and leave nesterov=False"
         )
-
-
-def _differentiable(name: str, value: object) -> None:
-    _flag(name, value)
-    if value:
+    if options.get("differentiable"):
         raise NotImplementedError(
             "differentiable=True is not supported: prediction restores weights bit by bit, which has no derivative. "
             "Use the base optimizer of torch.optim to differentiate through a step"
         )
-
-
-def _backend(name: str, value: object) -> None:
-    if value is not None and value not in backends.NAMES:
+    backend = options.get("backend")
+    if backend is not None and backend not in backends.NAMES:
         names = ", ".join(repr(known) for known in backends.NAMES)
-        raise ValueError(f"Invalid backend: {value!r} (expected None or one of {names})")
-
-
-_CHECKS: dict[str, Callable[[str, object], None]] = {
-    "lr": _at_least_zero("learning rate"),
-    "momentum": _at_least_zero("momentum value"),
-    "dampening": _finite,
-    "betas": _betas,
-    "eps": _at_least_zero("epsilon value"),
-    "weight_decay": _at_least_zero("weight_decay value"),
-    "prediction_steps": _at_least_zero("prediction_steps value"),
-    "nesterov": _nesterov,
-    "amsgrad": _flag,
-    "decoupled_weight_decay": _flag,
-    "master_weights": _flag,
-    "maximize": _flag,
-    "capturable": _flag,
-    "differentiable": _differentiable,
-    "foreach": _flag_or_none,
-    "fused": _flag_or_none,
-    "backend": _backend,
-}
-
-def check_options(rule: Rule, options: Options) -> None:
-    """Raise for the first option whose type or range is wrong, or that contradicts another one."""
-    for name, check in _CHECKS.items():
-        if name in options:
-            check(name, options[name])
-    for name in rule.positive_options:
-        if options[name] == 0:
-            raise ValueError(f"Invalid epsilon value: {options[name]} ({name} must be > 0)")
+        raise ValueError(f"Invalid backend: {backend!r} (expected None or one of {names})")
     if options.get("fused") and options.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    asked = options.get("backend")
-    if asked == "torch" and options.get("fused"):
+    if backend == "torch" and options.get("fused"):
         raise RuntimeError('fused=True demands a native back end, backend="torch" is none: leave one of them out')
-    if asked not in (None, "torch") and (options.get("foreach") or options.get("fused") is False):
+    if backend not in (None, "torch") and (options.get("foreach") or options.get("fused") is False):
         raise RuntimeError(
-            f'foreach=True and fused=False mean backend="torch", got backend={asked!r}: leave one of them out'
+            f'foreach=True and fused=False mean backend="torch", got backend={backend!r}: leave one of them out'
         )
+
+
+def listed_params(params: Any) -> Any:
+    """The parameters, named parameters or param groups as a list. What torch.optim refuses itself is passed on to it.
+
+    Raises:
+        TypeError: something else was passed, with what to pass instead.
+    """
+    if isinstance(params, (Tensor, set)):
+        return params
+    if isinstance(params, Mapping) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+            f"{torch.typename(params)}{_advice(params)}"
+        )
+    listed = list(params)
+    for param in listed:
+        value = param[1] if isinstance(param, tuple) and len(param) == 2 else param
+        if not isinstance(value, (Tensor, dict)):
+            advice = _advice(params if isinstance(params, Module) else value)
+            raise TypeError(
+                f"optimizer can only optimize Tensors, but one of the params is {torch.typename(value)}{advice}"
+            )
+    return listed
+
+
+def _advice(value: object) -> str:
+    """What to pass instead of this."""
+    if isinstance(value, Module):
+        return ": pass model.parameters()"
+    if isinstance(value, Mapping):
+        is_group = "params" in value
+        return ": param groups go in a list, [{'params': ...}]" if is_group else ": pass model.parameters()"
+    if callable(value):
+        is_of_a_model = isinstance(getattr(value, "__self__", None), Module)
+        return ": pass model.parameters(), with the parentheses" if is_of_a_model else ": call it"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ": put the parameters in one list, or each part in a group of its own, {'params': part}"
+    return ""

@@ -1,20 +1,27 @@
-"""The coefficients of a launch, computed in float64 before every run from param groups and the state's numbers.
+"""The rows of coefficients that a launch reads: of the options of its param groups, and of the state's numbers.
 
-On the host they are Python numbers. On a device (capturable, fused) they are tensors there and nothing is read back, so
-that a CUDA graph can replay a step; the formulas are the same text.
+They are computed in float64 and rounded once. Back ends whose kernels write the numbers make them by the same text in
+their own language (csrc/rows.h, kernels/rows.py), of an `OptionTable`.
 """
 
-from collections.abc import Sequence
-from numbers import Real
+import struct
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
-from xgrad_optim.numeric import Number
-from xgrad_optim.rule import Options, Rule
-from xgrad_optim.scalars import PREDICTED, SHIFT, STEP, Columns, DeviceScalars, HostScalars, Scalars, upload
+from xgrad_optim.options import hyperparameters, number
+from xgrad_optim.rule import COMMON_OPTIONS, Options, Rule
+
+HOST = torch.device("cpu")
+
+KINDS = {torch.float64: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+"""How a kernel reads an option from an address (csrc/rows.h); kind 0 is a float64's own bits."""
+
+GROUP_OPTIONS = COMMON_OPTIONS[:4]
+"""Those that a param group has; the others come with each launch."""
 
 
 class Scaling(NamedTuple):
@@ -23,172 +30,141 @@ class Scaling(NamedTuple):
     grad_scale: float | Tensor = 1.0
     found_inf: float | Tensor = 0.0
 
-    @property
-    def is_skipped_on_host(self) -> bool:
-        """Whether the step is skipped, as far as this can be known without waiting for a device."""
-        return bool(self.found_inf) if not isinstance(self.found_inf, Tensor) or self.found_inf.is_cpu else False
+    def is_skipped(self, waits: bool) -> bool:
+        """Whether the step is skipped; a flag on a device is left to the kernels there, unless the host `waits`."""
+        return (waits or not is_remote(self.found_inf)) and bool(self.found_inf)
 
 
 UNSCALED = Scaling()
 
+Target = bool | Tensor | None
+"""The weights that a swap leaves, theta_hat or theta; a flag on the device where only that knows; None for a step."""
 
-class HostRows:
-    """Rows of a launch whose numbers the host knows. Tensors of one group that are in step share one.
 
-    Attributes:
-        row_of: each tensor's row.
+class HostRows(NamedTuple):
+    """The rows of a launch, computed on the host."""
+
+    rows: Tensor
+    """`[n_rows, n_columns]`, in the launch's compute dtype."""
+    next_numbers: Tensor
+    """float64 `[n_rows, n_numbers]`: the numbers once the launch has run."""
+
+
+class OptionTable:
+    """What a kernel makes the rows of beside the numbers: the options of each param group.
+
+    Args:
+        groups: whose options are read at each use.
+        device: where the kernel runs. Tensors there are read there; on the CPU every number is known here.
     """
 
-    def __init__(self, rule: Rule, options: Sequence[Options], columns: list[int], scalars: HostScalars) -> None:
-        self._rule, self._table = rule, scalars.table
-        self._members = consecutive(columns)
-        rows: dict[tuple[float, ...], int] = {}
-        self.row_of: list[int] = []
-        self._options: list[Options] = []
-        representatives: list[int] = []
-        for group, column in zip(options, columns, strict=True):
-            # While their group and all their numbers are equal, they stay equal.
-            key = (id(group), *self._table[:, column].tolist())
-            if key not in rows:
-                rows[key] = len(rows)
-                self._options.append(group)
-                representatives.append(column)
-            self.row_of.append(rows[key])
-        self._representatives = numpy.array(representatives)
-        self._members_row = numpy.array(self.row_of)
-        self._values = torch.empty((len(rows), len(rule.columns)), dtype=torch.float64, device="cpu")
+    def __init__(self, rule: Rule, groups: list[Options], device: torch.device) -> None:
+        self._rule, self._groups, self._device = rule, groups, device
+        names = (*rule.options, *GROUP_OPTIONS)
+        self._names = tuple(dict.fromkeys("betas" if name in ("beta1", "beta2") else name for name in names))
+        self._seen: list[object] = []
+        self._table: Tensor
+        self._held: list[Tensor] = []
 
-    def compute(self, dtype: torch.dtype, to_predicted: bool | None, scaling: Scaling) -> Tensor:
-        """The rows of a step, or of a swap to these weights. Each number is rounded once."""
-        scaling = Scaling(*map(float, scaling))
-        numbers = self._table[:, self._representatives].T.tolist()
-        rows = [
-            make_row(self._rule, as_numbers(options), row, to_predicted, scaling)
-            for options, row in zip(self._options, numbers, strict=True)
+    def read(self, target: Target, scaling: Scaling) -> Tensor:
+        """int64 `[n_groups, n_options, 2]` on the host, in the order of `Rule.all_options`.
+
+        Of each option the kind, and a number's bits or the address of the tensor that holds it. While nothing changes,
+        the same table.
+        """
+        found = [group.get(name) for group in self._groups for name in self._names]
+        found += (target, *scaling)
+        if len(found) != len(self._seen) or not all(map(is_, found, self._seen)):
+            self._held = []
+            self._table = self._made(target, scaling)
+            # What may change in place is read anew.
+            self._seen = found if all(map(_is_fixed, found)) else []
+        return self._table
+
+    def _made(self, target: Target, scaling: Scaling) -> Tensor:
+        of_launch = {**scaling._asdict(), "to_predicted": 0.0 if target is None else target}
+        table = [
+            [self._entry(name, value) for name, value in (of_group(self._rule, options) | of_launch).items()]
+            for options in self._groups
         ]
-        self._values.numpy()[:] = [[row[column] for column in self._rule.columns] for row in rows]
-        columns = ("shift", *self._rule.direction_columns)
-        self._next_prediction = numpy.array([[row[column] for column in columns] for row in rows])
-        self._to_predicted, self._is_skipped = to_predicted, bool(scaling.found_inf)
-        return self._values.to(dtype, copy=True)
+        return torch.tensor(table, dtype=torch.int64, device=HOST)
 
-    def advance(self) -> None:
-        """Note in the state's numbers what has run."""
-        if self._is_skipped:
-            return
-        self._table[PREDICTED, self._members] = self._to_predicted is not False
-        if self._to_predicted is None:
-            self._table[STEP, self._members] += 1.0
-            self._table[SHIFT:, self._members] = self._next_prediction[self._members_row].T
+    def _entry(self, name: str, value: Any) -> tuple[int, int]:
+        known = number(name, name, value)
+        if known is None and self._device.type == "cpu":
+            known = _fetched(name, value)
+        if known is not None:
+            return 0, struct.unpack("<q", struct.pack("<d", known))[0]
+        if value.device != self._device or value.dtype not in KINDS:
+            value = value.to(self._device, torch.float64, non_blocking=True)
+        self._held.append(value)
+        return KINDS[value.dtype], value.data_ptr()
 
 
-class DeviceRows:
-    """Rows of a launch whose numbers live on its device, one for each tensor: nobody here knows which are in step."""
-
-    def __init__(self, rule: Rule, options: Sequence[Options], columns: list[int], scalars: DeviceScalars) -> None:
-        self._rule, self._scalars = rule, scalars
-        self.row_of = list(range(len(columns)))
-        self._columns = members = consecutive(columns)
-        on_device = members if isinstance(members, slice) else upload(torch.from_numpy(members), scalars.device)
-        self._members: slice | Tensor = on_device
-        starts = [i for i in self.row_of if i == 0 or options[i] is not options[i - 1]]
-        ends = [*starts[1:], len(columns)]
-        self._parts = [(options[start], slice(start, end)) for start, end in zip(starts, ends, strict=True)]
-
-    def compute(self, dtype: torch.dtype, to_predicted: bool | None, scaling: Scaling) -> Tensor:
-        """As `HostRows.compute`, without reading a number."""
-        columns, device = self._rule.columns, self._scalars.device
-        scaling = Scaling(*(as_number(value, device) for value in scaling))
-        self._to_predicted, self._found_inf = to_predicted, scaling.found_inf
-        numbers = self._scalars.tensor[:, self._members]
-        self._values = torch.empty((len(columns), len(self.row_of)), dtype=torch.float64, device=device)
-        for options, part in self._parts:
-            row = make_row(self._rule, as_numbers(options, device), numbers[:, part].unbind(), to_predicted, scaling)
-            for column, values in zip(columns, self._values, strict=True):
-                values[part] = row[column]
-        return self._values.T.to(dtype).contiguous()
-
-    def advance(self) -> None:
-        """Note in the state's numbers what has run, unless it was skipped."""
-        if not isinstance(self._found_inf, Tensor) and self._found_inf:
-            return
-        scalars, before = self._scalars, self._scalars.tensor[:, self._members]
-        is_predicted = self._to_predicted is not False
-        after = before.clone()
-        after[PREDICTED] = float(is_predicted)
-        if self._to_predicted is None:
-            after[STEP] += 1.0
-            for key, name in enumerate(("shift", *self._rule.direction_columns), start=SHIFT):
-                after[key] = self._values[self._rule.columns.index(name)]
-        scalars.write(self._members, before, after, self._found_inf)
-        scalars.note_mode(self._columns, is_predicted, self._found_inf)
-
-
-def make_rows(rule: Rule, options: Sequence[Options], columns: list[int], scalars: Scalars) -> HostRows | DeviceRows:
-    """The rows of these parameters, each with its group's options and its column of the numbers."""
-    if isinstance(scalars, HostScalars):
-        return HostRows(rule, options, columns, scalars)
-    assert isinstance(scalars, DeviceScalars)
-    return DeviceRows(rule, options, columns, scalars)
+def _is_fixed(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
+    return value is None or type(value) in (float, int, bool)
 
 
 def make_row(
-    rule: Rule, options: Options, numbers: Sequence[Number], to_predicted: bool | None, scaling: Scaling
-) -> dict[str, Number]:
-    """One row by column name; `numbers` are those of `rule.number_keys`."""
+    rule: Rule,
+    options: Mapping[str, float],
+    numbers: Sequence[float],
+    mode: bool | None,
+    grad_scale: float,
+    found_inf: float,
+) -> tuple[list[float], list[float]]:
+    """One row in the order of `rule.columns`, and the numbers once it has run. The text of csrc/rows.h."""
     step, predicted, shift, *direction = numbers
-    if to_predicted is None:
-        row = _step_row(rule, options, step, scaling.grad_scale)
-        row["shift_prev"] = _where(predicted, shift)
+    previous = dict(zip(rule.direction_columns, direction, strict=True))
+    if mode is None:
+        row = _coefficients(rule, options, int(step) + 1)
+        weight_decay, is_decoupled = options["weight_decay"], options["decoupled_weight_decay"]
+        row["grad_factor"] = (-1.0 if options["maximize"] else 1.0) / grad_scale
+        row["weight_decay"] = 0.0 if is_decoupled else weight_decay
+        row["decay_factor"] = 1.0 - options["lr"] * weight_decay if is_decoupled else 1.0
+        row["shift"] = options["prediction_steps"] * row["step_size"]
+        row["shift_prev"] = shift if predicted else 0.0
+        after = [step + 1.0, 1.0, row["shift"], *(row[name] for name in rule.direction_columns)]
     else:
         # The other way of a swap has a shift of 0, which does nothing.
-        row = dict.fromkeys(rule.columns, 0.0) | dict(zip(rule.direction_columns, direction, strict=True))
-        row["shift"] = _where(1.0 - predicted, shift) if to_predicted else 0.0
-        row["shift_prev"] = 0.0 if to_predicted else _where(predicted, shift)
-    row["is_skipped"] = scaling.found_inf
-    row.update({f"{name}_prev": value for name, value in zip(rule.direction_columns, direction, strict=True)})
-    return row
+        row = dict.fromkeys(rule.columns, 0.0) | previous
+        row["shift"] = shift if mode and not predicted else 0.0
+        row["shift_prev"] = shift if predicted and not mode else 0.0
+        after = [step, float(mode), shift, *direction]
+    row["is_skipped"] = found_inf
+    row.update({f"{name}_prev": value for name, value in previous.items()})
+    return [row[column] for column in rule.columns], after
 
 
-def _step_row(rule: Rule, options: Options, step: Number, grad_scale: Number) -> dict[str, Number]:
-    """Update and predict with today's hyperparameters."""
-    row = rule.coefficients(options, step + 1.0)
-    weight_decay, is_decoupled = options["weight_decay"], options.get("decoupled_weight_decay", False)
-    row["grad_factor"] = (-1.0 if options["maximize"] else 1.0) / grad_scale
-    row["weight_decay"] = 0.0 if is_decoupled else weight_decay
-    row["decay_factor"] = 1.0 - options["lr"] * weight_decay if is_decoupled else 1.0
-    row["shift"] = options["prediction_steps"] * row["step_size"]
-    return row
+def _coefficients(rule: Rule, options: Mapping[str, float], step: int) -> dict[str, float]:
+    try:
+        return rule.coefficients(options, step)
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(f"an option has left its range, there is no step {step} with {dict(options)}") from error
 
 
-def _where(is_set: Number, value: Number) -> Number:
-    """The value where the flag is set, else 0, whatever the value is."""
-    if isinstance(is_set, Tensor):
-        return torch.where(is_set != 0, value, 0.0)
-    return value if is_set else 0.0
+def of_group(rule: Rule, options: Options) -> dict[str, Any]:
+    """What a param group says of each option of a row."""
+    values = hyperparameters(options)
+    values |= {name: float(options.get(name, False)) for name in ("decoupled_weight_decay", "maximize")}
+    return {name: values.get(name, 0.0) for name in (*rule.options, *GROUP_OPTIONS)}
 
 
-def as_numbers(options: Options, device: torch.device | None = None) -> dict[str, Any]:
-    """The options with every hyperparameter as a float, or as a tensor on `device` where it is one there."""
-    numbers = {name: as_number(value, device) for name, value in options.items() if name not in ("params", "betas")}
-    if "betas" in options:
-        numbers["betas"] = tuple(as_number(beta, device) for beta in options["betas"])
-    return numbers
+def as_floats(rule: Rule, options: Options) -> dict[str, float]:
+    """The same as floats; what lives on a device is waited for."""
+    return {name: _fetched(name, value) for name, value in of_group(rule, options).items()}
 
 
-def as_number(value: Any, device: torch.device | None = None) -> Any:
-    """A tensor as a float, which is free on the CPU only; or, where it lives on a device, as float64 on `device`."""
-    if type(value) is float:  # nearly all are, and to ask for a Real takes long
-        return value
-    if not isinstance(value, Tensor):
-        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
-    if device is None or value.device.type == "cpu":
-        return float(value)
-    return value.reshape(()).to(device, torch.float64, non_blocking=True)
+def _fetched(name: str, value: float | Tensor) -> float:
+    if isinstance(value, Tensor):
+        known = number(name, name, value.item())
+        assert known is not None
+        return known
+    return value
 
 
-def consecutive(columns: list[int]) -> Columns:
-    """The columns as a slice where they stand side by side, which is read without a copy."""
-    first = columns[0]
-    is_range = columns == list(range(first, first + len(columns)))
-    return slice(first, first + len(columns)) if is_range else numpy.array(columns)
+def is_remote(value: Any) -> bool:
+    """Whether to know it would be to wait for a device."""
+    return isinstance(value, Tensor) and not value.is_cpu

@@ -1,20 +1,21 @@
 """XSGDM: stochastic gradient descent with momentum, at predicted weights."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from xgrad_optim.docs import COMMON_DOC
-from xgrad_optim.numeric import Number
 from xgrad_optim.optimizer import XGradOptimizer
-from xgrad_optim.rule import Blocks, Hyper, Options, Rule
+from xgrad_optim.rule import Blocks, Common, Hyper, Rule, takes_common
 
 
-def coefficients(options: Options, step: Number) -> dict[str, Number]:
-    # A momentum of 0 starts the buffer afresh: plain SGD, which knows no dampening, and the first step, as 0**0 is 1.
+def coefficients(options: Mapping[str, float], step: int) -> dict[str, float]:
+    """The columns of SGD with momentum."""
     return {
         "step_size": options["lr"],
-        "momentum": options["momentum"] * (1.0 - 0.0 ** (step - 1.0)),
+        "momentum": options["momentum"] if step > 1 else 0.0,  # the first step has no buffer yet
         "one_minus_dampening": 1.0 - options["dampening"],
     }
 
@@ -22,7 +23,7 @@ def coefficients(options: Options, step: Number) -> dict[str, Number]:
 def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> None:
     """momentum_buffer <- momentum * momentum_buffer + (1 - dampening) * grad"""
     momentum_buffer = state["momentum_buffer"]
-    if not hyper.momentum:
+    if not hyper.momentum:  # plain SGD, which knows no dampening
         momentum_buffer.copy_(grad)
         return
     if hyper.one_minus_dampening.item() != 1:
@@ -40,6 +41,7 @@ SGDM = Rule(
     state_keys=("momentum_buffer",),
     required_state=("momentum_buffer",),
     required_options=("lr", "momentum", "dampening"),
+    options=("lr", "momentum", "dampening"),
     accumulate_columns=("momentum", "one_minus_dampening"),
     direction_columns=(),
     coefficients=coefficients,
@@ -48,8 +50,9 @@ SGDM = Rule(
 )
 
 
+@takes_common
 class XSGDM(XGradOptimizer):
-    __doc__ = f"""SGD with momentum whose gradients are taken at the weights that it is about to reach.
+    """SGD with momentum whose gradients are taken at the weights that it is about to reach.
 
     A drop-in replacement for :class:`torch.optim.SGD`. With theta the weights and g the gradient at theta_hat::
 
@@ -61,6 +64,10 @@ class XSGDM(XGradOptimizer):
     ``prediction_steps=momentum`` is Nesterov momentum as the model sees it; larger values are Overshoot
     (arXiv 2501.09556).
 
+    State per parameter: ``momentum_buffer``, shaped like the parameter.
+
+    Sources: XGrad, arXiv 2305.18240, Algorithm 1; Sutskever et al. 2013 for the momentum.
+
     Args:
         params: parameters, named parameters or param groups, as every torch optimizer takes them.
         lr (float or 1-element Tensor): learning rate, >= 0.
@@ -68,10 +75,6 @@ class XSGDM(XGradOptimizer):
         dampening (float): any finite number.
         weight_decay (float): L2 penalty, >= 0.
         nesterov (bool): must be False; use ``prediction_steps=momentum``.
-{COMMON_DOC}
-    State per parameter: ``momentum_buffer``, shaped like the parameter, and 0-dim numbers.
-
-    Sources: XGrad, arXiv 2305.18240, Algorithm 1; Sutskever et al. 2013 for the momentum.
     """
 
     rule = SGDM
@@ -82,33 +85,9 @@ class XSGDM(XGradOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
-        *,
-        prediction_steps: float = 1.0,
-        master_weights: bool = False,
-        backend: str | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "prediction_steps": prediction_steps,
-                "master_weights": master_weights,
-                "backend": backend,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )
+        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, {**options, "nesterov": nesterov}, **common)

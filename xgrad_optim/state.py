@@ -1,13 +1,15 @@
 """One parameter with its gradient and its state: checked, created, and kept in line with each other."""
 
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xgrad_optim.layout import is_placed_like, local
+from xgrad_optim.layout import is_placed_like, matches, shared_memory
+from xgrad_optim.notes import warn
 from xgrad_optim.numeric import is_supported, master_dtype
+from xgrad_optim.options import number
 from xgrad_optim.rule import Options, Rule
 
 State = dict[str, Tensor]
@@ -21,6 +23,11 @@ def new_state(rule: Rule, param: Tensor, options: Options) -> State:
     if options["master_weights"]:
         add_master_weights(rule, param, state)
     return state
+
+
+def has_state(rule: Rule, state: object) -> bool:
+    """Whether a parameter with this state has taken a step."""
+    return isinstance(state, Mapping) and rule.state_keys[0] in state
 
 
 def add_master_weights(rule: Rule, param: Tensor, state: State) -> None:
@@ -78,18 +85,51 @@ def _described(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)} on {tensor.device}" + ("" if placements is None else f", placed {placements}")
 
 
-def warn_of_replaced(states: Mapping[Tensor, State], params: Collection[Tensor]) -> None:
-    """Say so where parameters without state seem to replace others, whose predicted weights they then hold."""
-    left = [states[param] for param in set(states).difference(params)]
-    count = sum(bool(state.get("predicted", 0) * state.get("prediction_shift", 0)) for state in left)
-    if count:
-        warnings.warn(
-            f"{count} parameters that hold predicted weights have left the param groups, and new ones have no "
-            "state yet. If the new ones replace them (fully_shard, a conversion of the model), training goes on "
-            "without momentum and takes predicted weights for true ones. Make the optimizer after the replacement; in "
-            "mid-training save state_dict() of model and optimizer before it and load both afterwards",
-            stacklevel=2,
-        )
+def warn_of_lost_options(
+    rule: Rule, states: Mapping[Any, Any], created: Mapping[Tensor, State], groups: Mapping[Tensor, Options]
+) -> None:
+    """Say so once, before the first of the states that are made now, where float16 rounds an eps to 0."""
+    buffer = rule.state_keys[0]
+    own = [state for param, state in states.items() if isinstance(param, Tensor)]
+    is_first = not any(_is_float16(state.get(buffer)) for state in own)
+    for name in rule.stored_options if is_first else ():
+        values = {number(name, name, groups[param][name]) for param in created if _is_float16(created[param][buffer])}
+        lost = [value for value in values if value is not None and torch.tensor(value, dtype=torch.float16) == 0]
+        if lost:
+            warn(
+                f"{name}={min(lost)} is 0 in float16, and the state that it is added to is float16 as its parameters "
+                "are: where gradients are small, updates are divided by next to nothing. Use master_weights=True, "
+                f"which keeps the state in float32, or a larger {name}, of 1e-7 at least"
+            )
+
+
+def _is_float16(buffer: object) -> bool:
+    return isinstance(buffer, Tensor) and buffer.dtype == torch.float16
+
+
+def check_memory(groups: Sequence[Options], params: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where an element would be updated and predicted twice, as parts of two parameters."""
+    shared = shared_memory(params)
+    if shared is None:
+        return
+    first, second = (_named(groups, params[index]) for index in shared)
+    if first == second:
+        raise RuntimeError(f"{first} has elements that share memory, as expand() makes them: use a clone() of it")
+    raise RuntimeError(
+        f"{first} and {second} share memory, so that each would be updated and predicted over the other. Tie the "
+        "Parameter itself (b.weight = a.weight), which model.parameters() then lists once, or give the optimizer only "
+        "one of them"
+    )
+
+
+def _named(groups: Sequence[Options], param: Tensor) -> str:
+    """Where the parameter stands in the groups, with its name if they have names."""
+    for group_index, group in enumerate(groups):
+        for index, own in enumerate(group["params"]):
+            if own is param:
+                name = f" ({group['param_names'][index]})" if "param_names" in group else ""
+                return f"parameter {index} of group {group_index}{name}, shape {tuple(param.shape)},"
+    raise KeyError("the parameter is in no group")
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor, options: Options) -> None:
@@ -112,13 +152,3 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, options: Options) -> 
         raise RuntimeError(
             f"If capturable=True, parameters must be on a GPU, got a {where} on cpu. Use capturable=False"
         )
-
-
-def matches(param: Tensor, grad: Tensor) -> bool:
-    """Whether they have one dtype, device and local shape."""
-    return (
-        grad.dtype == param.dtype
-        and grad.device == param.device
-        and grad.layout == torch.strided
-        and local(grad).shape == local(param).shape
-    )

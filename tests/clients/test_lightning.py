@@ -251,7 +251,7 @@ def test_the_wrapper_switches_the_optimizer_itself(tmp_path):
 
 
 class AverageTrueWeights(EMAWeightAveraging):
-    """The README's recipe: averages are of theta, and are exchanged with theta."""
+    """The recipe of examples/lightning_module.py: averages are of theta, and are exchanged with theta."""
 
     def _at_theta(hook):
         def wrapped(self, trainer, *args):

@@ -19,8 +19,11 @@ def equal(tensors, others) -> bool:
 def weights_in_mode(optimizer: XGradOptimizer, predicted: bool) -> list[torch.Tensor]:
     """theta_hat or theta, made in a copy."""
     copied = copy.deepcopy(optimizer)
+    params = [param for group in copied.param_groups for param in group["params"]]
+    for param in params:
+        param.requires_grad_(True)  # forwards leave the prediction of what is frozen as it is, `train()` does not
     copied.train(predicted)
-    return [param.detach() for group in copied.param_groups for param in group["params"]]
+    return [param.detach() for param in params]
 
 
 class Watch:

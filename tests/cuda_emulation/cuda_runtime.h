@@ -1,5 +1,5 @@
-// In the place of CUDA's header, for a host compiler: a launch calls the kernel for every thread of every block, in
-// order. That is a valid schedule of kernels whose threads do not wait for each other.
+// In the place of CUDA's header, for a host compiler: kernels are functions, which emulation.cpp calls for every thread
+// of every block, in order. That is a valid schedule of kernels whose threads do not wait for each other.
 #pragma once
 
 #include <cstddef>
@@ -17,10 +17,3 @@ struct dim3 {
 };
 
 inline thread_local dim3 blockIdx, threadIdx;
-
-enum cudaError_t { cudaSuccess };
-using cudaStream_t = void*;
-
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t);

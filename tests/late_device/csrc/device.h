@@ -1,0 +1,8 @@
+#pragma once
+
+namespace late {
+
+// Once for each process.
+void register_device();
+
+}  // namespace late

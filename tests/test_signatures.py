@@ -1,0 +1,121 @@
+"""Signatures equal those of torch.optim, and what the classes share is spelled where tools and readers look for it.
+
+A drop-in replacement breaks where a positional argument or a default moves; a configuration tool where it finds only
+`**common`.
+"""
+
+import inspect
+from typing import get_type_hints
+
+import pytest
+import torch
+from cases import PLAIN
+from snapshots import filled
+
+from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
+from xgrad_optim.rule import COMMON, Common
+
+BASES = {
+    XSGDM: torch.optim.SGD,
+    XAdam: torch.optim.Adam,
+    XAdamW: torch.optim.AdamW,
+    XAdaBelief: torch.optim.Adam,
+    XAdaM3: torch.optim.Adam,
+}
+OWN_DEFAULTS = {
+    "prediction_steps": 1.0,
+    "master_weights": False,
+    "backend": None,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
+
+
+def _arguments(cls, kind):
+    parameters = inspect.signature(cls).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is kind}
+
+
+@every_class
+def test_positional_arguments_are_those_of_torch_optim(cls):
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    expected = _arguments(BASES[cls], kind)
+    if cls is XSGDM:
+        expected["momentum"] = 0.9
+    if cls in (XAdaBelief, XAdaM3):
+        expected["eps"] = 1e-16
+    assert list(_arguments(cls, kind).items()) == list(expected.items())
+    optimizer = cls([filled(2)], *list(expected.values())[1:])
+    assert {name: optimizer.defaults[name] for name in list(expected)[1:]} == dict(list(expected.items())[1:])
+
+
+@every_class
+def test_keyword_arguments_and_their_defaults(cls):
+    expected = dict(OWN_DEFAULTS)
+    if cls is XAdam or cls in (XAdaBelief, XAdaM3):
+        expected["decoupled_weight_decay"] = cls is not XAdam
+    assert _arguments(cls, inspect.Parameter.KEYWORD_ONLY) == expected
+    assert not _arguments(cls, inspect.Parameter.VAR_KEYWORD)
+    assert inspect.signature(cls.__init__).parameters.keys() == {"self", *inspect.signature(cls).parameters}
+
+
+@every_class
+def test_every_keyword_of_torch_optim_is_taken(cls):
+    theirs = _arguments(BASES[cls], inspect.Parameter.KEYWORD_ONLY)
+    optimizer = cls([filled(2)], **theirs)
+    assert {name: optimizer.defaults[name] for name in theirs} == theirs
+
+
+@every_class
+def test_every_argument_reaches_the_groups(cls):
+    parameters = inspect.signature(cls).parameters
+    group = cls([filled(2)]).param_groups[0]
+    for name in set(parameters) - {"params"}:
+        assert group[name] == parameters[name].default
+
+
+@every_class
+def test_the_common_arguments_are_those_of_the_typed_dict(cls):
+    assert COMMON.keys() == get_type_hints(Common).keys() == OWN_DEFAULTS.keys()
+    parameters = inspect.signature(cls).parameters
+    assert {name: parameters[name].annotation for name in COMMON} == get_type_hints(Common)
+
+
+@every_class
+@pytest.mark.parametrize("name", ["lr_decay", "decay", "differentiabel", "beta1", "weigth_decay", "rule", "common"])
+def test_an_unknown_keyword_raises_as_python_does(cls, name):
+    with pytest.raises(TypeError, match=rf"{cls.__name__}.__init__\(\) got an unexpected keyword argument '{name}'"):
+        cls([filled(2)], **{name: 0.1})
+
+
+@every_class
+@pytest.mark.parametrize("name", ["lr", "prediction_steps"])
+def test_an_argument_cannot_be_given_twice(cls, name):
+    with pytest.raises(TypeError, match="argument"):
+        cls([filled(2)], 0.1, *([0.1] * 9), **{name: 0.1})
+
+
+@pytest.mark.parametrize("cls", [XSGDM, XAdam, XAdaBelief, XAdaM3], ids=lambda cls: cls.__name__)
+def test_defaults_make_another_optimizer(cls):
+    """Wrappers do this, and torch.optim's SGD and Adam can."""
+    optimizer = cls([filled(2)], lr=0.5)
+    assert cls([filled(2)], **optimizer.defaults).defaults == optimizer.defaults
+
+
+@every_class
+def test_every_argument_is_documented_once(cls):
+    lines = inspect.getdoc(cls).splitlines()
+    arguments = lines[lines.index("Args:") :]
+    for name in inspect.signature(cls).parameters:
+        assert len([line for line in arguments if line.startswith((f"    {name} (", f"    {name}:"))]) == 1, name
+    assert lines.count("Args:") == lines.count("Raises:") == 1
+
+
+@every_class
+def test_weight_decay_is_coupled_or_decoupled_as_in_the_base(cls):
+    group = cls([filled(2)]).param_groups[0]
+    assert group.get("decoupled_weight_decay", False) == (cls in (XAdamW, XAdaBelief, XAdaM3))

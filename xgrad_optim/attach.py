@@ -1,0 +1,83 @@
+"""Attaching an optimizer to a model: once, to a model that it can serve, and with no other optimizer in its way."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import Module
+
+from xgrad_optim.hooks import FSDP1, Attachment, are_flattened, attachments_of, owned_by
+from xgrad_optim.switch import switches
+
+if TYPE_CHECKING:
+    from xgrad_optim.optimizer import XGradOptimizer
+
+
+def attach(optimizer: "XGradOptimizer", model: Module, partial: bool) -> Attachment:
+    """Hook the model. See :meth:`XGradOptimizer.attach`."""
+    if not isinstance(model, Module):
+        raise TypeError(f"attach expects a torch.nn.Module, got {type(model).__name__}")
+    owned, switch = owned_by(optimizer), optimizer._switch
+    present = next((each for each in switch.attachments if each.model is model), None)
+    attachment = present or Attachment(optimizer, model)
+    attachment.reshard()
+    if owned.isdisjoint(model.parameters()):
+        raise ValueError(
+            "attach(model) found none of the optimizer's parameters in the model: attach the model whose parameters() "
+            "the optimizer was made of, after whatever replaces them (fully_shard, accelerate's prepare)"
+        )
+    if are_flattened(owned):
+        raise RuntimeError(FSDP1)
+    predecessors = _predecessors(optimizer, model)
+    try:
+        attachment.add_hooks()
+        for predecessor in predecessors:
+            predecessor.eval()
+            predecessor._switch.hand_over(type(optimizer).__name__)
+        attachment.is_partial = partial
+        switch.successor = None
+        return attachment
+    except BaseException:
+        if present is None:
+            attachment.remove()
+        raise
+
+
+def _predecessors(optimizer: "XGradOptimizer", model: Module) -> list["XGradOptimizer"]:
+    """The optimizers from which this one takes the model over, as it has not stepped yet: a cell was run again.
+
+    Raises RuntimeError where an attached optimizer with some of the same parameters can't be meant to go.
+    """
+    rivals = _rivals(optimizer, owned_by(optimizer))
+    if not rivals:
+        return []
+    on_model = {attachment.switch for module in model.modules() for attachment in attachments_of(module)}
+    for rival, shared in rivals.items():
+        is_on_model = rival._switch in on_model
+        if not is_on_model or any(optimizer.state.values()):
+            names = [name for name, param in model.named_parameters() if param in shared]
+            raise RuntimeError(
+                f"{'the' if is_on_model else 'another'} model is attached to another optimizer with the same "
+                f"parameters: {_of_both(optimizer, rival, shared)}{', ' * bool(names)}{', '.join(names[:3])}. Only one "
+                "optimizer can predict a parameter: make them of parameters of their own, or call remove() on the "
+                "handle of the one that is to go. A new one takes a model over where it is attached before it has state"
+            )
+    return list(rivals)
+
+
+def check_unshared(optimizer: "XGradOptimizer", params: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where parameters that are to join an attached optimizer belong to another attached one."""
+    for rival, shared in _rivals(optimizer, set(params)).items():
+        raise RuntimeError(f"only one attached optimizer can predict a parameter: {_of_both(optimizer, rival, shared)}")
+
+
+def _rivals(optimizer: "XGradOptimizer", params: set[Tensor]) -> dict["XGradOptimizer", set[Tensor]]:
+    """Other attached optimizers that own some of these parameters, with these."""
+    attached = {attachment.optimizer for switch in list(switches) for attachment in switch.attachments}
+    others = [other for other in attached if other is not None and other._switch is not optimizer._switch]
+    shared = {other: params & owned_by(other) for other in others}
+    return {other: common for other, common in shared.items() if common}
+
+
+def _of_both(optimizer: "XGradOptimizer", rival: "XGradOptimizer", shared: set[Tensor]) -> str:
+    return f"this {type(optimizer).__name__} and that {type(rival).__name__} have {len(shared)} in common"

@@ -1,0 +1,625 @@
+"""Which launches the next step or swap runs, and whether the last ones still fit."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain, repeat
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from xgrad_optim import backends
+from xgrad_optim.backends import Runner
+from xgrad_optim.launch import Launch, Member
+from xgrad_optim.layout import DTensor, is_flat, local, owns_memory, place_like
+from xgrad_optim.notes import warn
+from xgrad_optim.numbers import PREDICTED, STEP, UNKNOWN, HostNumbers, Numbers, is_capturing, make_numbers
+from xgrad_optim.options import SWITCHES, checked_options
+from xgrad_optim.rows import HOST, UNSCALED, Scaling, Target
+from xgrad_optim.rule import Options, Rule
+from xgrad_optim.settle import Known, find_leaving
+from xgrad_optim.state import (
+    State,
+    check_gradient,
+    check_memory,
+    check_state,
+    fit_dtype,
+    follow_options,
+    follows_options,
+    has_state,
+    new_state,
+    warn_of_lost_options,
+)
+
+Groups = list[dict[str, Any]]
+
+States = MutableMapping[Tensor, Any]
+
+_NOT_FLAT = {"backend": "torch", "foreach": None, "fused": None}
+"""Options for tensors that are not one flat range in memory each, which no kernel over addresses takes."""
+
+_UNSTEADY = "Tensors moved while the step was being prepared, twice in a row. Does another thread replace them?"
+
+
+class Active(NamedTuple):
+    """The parameters that have a gradient, with it and their group's options."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    options: list[Options]
+
+
+def active(groups: Groups) -> Active:
+    """The parameters that take the next step; each gradient cut as its parameter is, which may need a collective."""
+    found = Active([], [], [])
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                found.params.append(param)
+                found.grads.append(place_like(param.grad, param))
+                found.options.append(group)
+    return found
+
+
+class Run(NamedTuple):
+    """A launch, the numbers of its members, and what runs it."""
+
+    launch: Launch
+    numbers: Numbers
+    runner: Runner
+
+
+class Plan:
+    """The launches of a step, or of a swap.
+
+    Attributes:
+        runs: the launches, with their numbers and what runs them.
+        params: the parameters that take part.
+        is_sharded: whether there are DTensors among them, whose gradients have to be given.
+        is_sure: whether the host knows what its run leaves.
+    """
+
+    def __init__(self, runs: list[Run], params: list[Tensor]) -> None:
+        self.runs, self.params = runs, params
+        self.is_sharded = any(isinstance(param, DTensor) for param in params)
+        self.is_sure = all(isinstance(run.numbers, HostNumbers) for run in runs)
+        launches = [run.launch for run in runs]
+        self._not_captured = {one.device for one in launches if not one.is_capturable and one.device.type != "cpu"}
+
+    def read(self, grads: list[Tensor] | None) -> bool:
+        """Look at the tensors as they now are. False where they do not fit the launches any more."""
+        for launch, _, runner in self.runs:
+            if not runner.read(grads and [grads[position] for position in launch.positions]):
+                return False
+        return True
+
+    def check_writes(self) -> bool:
+        """Whether nobody has written to the state of a parameter that holds theta_hat since `read` looked.
+
+        Says so where somebody has written to such a parameter, believing perhaps that it holds theta.
+        """
+        n_written, is_intact = 0, True
+        for launch, numbers, _ in self.runs:
+            found, known = launch.tables.counts, numbers.versions[launch.indices]
+            if (found == known).all():
+                continue
+            # A counter that fell is that of other memory: a conversion has put it there.
+            is_displaced = (numbers.modes() == 1) & numbers.are_shifted()
+            rose = (found > known) & (known != UNKNOWN) & is_displaced[launch.indices, None]
+            n_written += numpy.count_nonzero(rose[:, 0])
+            is_intact = is_intact and not (rose[:, 1] & ~rose[:, 0]).any()
+            numbers.versions[launch.indices] = numpy.where(rose[:, :1], UNKNOWN, known)  # said once
+        if n_written:
+            warn(
+                f"{n_written} parameters were written to while they held predicted weights (by load_state_dict, copy_, "
+                "clamp_ or the like). The change is kept as one of the predicted weights: the true weights move by it. "
+                "To set the true weights, write inside `with optimizer.true_weights():`, or call optimizer.eval() "
+                "before and optimizer.train() after"
+            )
+        return is_intact
+
+    def run(self, target: Target, scaling: Scaling) -> None:
+        """Run all launches. Whatever can fail, fails before the first one writes; an interrupt finds all done."""
+        runs = self.runs
+        for device in self._not_captured:
+            if is_capturing(device):
+                raise RuntimeError(
+                    "A graph is being captured, but its replay would repeat this step's lr and step count: use "
+                    "capturable=True"
+                )
+        for _, _, runner in runs:
+            runner.load(target, scaling)
+        try:
+            for _, _, runner in runs:
+                runner.run()
+            self._note(target, scaling)
+        except BaseException:
+            for launch, numbers, _ in runs:
+                numbers.forget(launch)
+            for _, _, runner in runs:
+                runner.resume()
+                runner.finish()
+            raise
+
+    def _note(self, target: Target, scaling: Scaling) -> None:
+        for launch, numbers, runner in self.runs:
+            runner.finish()
+            numbers.note(launch, target, scaling)
+        for launch, numbers, runner in self.runs:  # when all have run: views may share a counter with another launch's
+            numbers.note_versions(launch, runner.versions())
+
+
+class Planner:
+    """The plans of one optimizer, and all that they were built from, which is compared before each use.
+
+    Args:
+        rule, name: of the optimizer.
+        begin: called right before parameters change, with whether that is a swap.
+
+    Attributes:
+        last_step: its plan, or None.
+        builds: how often a step was planned; a steady step adds nothing.
+    """
+
+    def __init__(self, rule: Rule, name: str, begin: Callable[[bool], None] = lambda is_swap: None) -> None:
+        self._rule, self._name, self._begin = rule, name, begin
+        self.builds = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: the state was replaced as a whole."""
+        self._numbers: dict[torch.device, Numbers] = {}
+        self._places: dict[Tensor, tuple[Numbers, int]] = {}
+        self._known: dict[Tensor, Known] = {}
+        self._left: list[Tensor] = []
+        self._seen_groups: list[object] = []
+        self._seen_switches: list[object] = []
+        self._seen_state: list[object] = [None]
+        self._frozen: set[Tensor] = set()
+        self._get_contents: Callable[[Any], tuple[object, ...]] = itemgetter(*self._rule.state_keys, "step")
+        self._drop_plans()
+
+    def _drop_plans(self) -> None:
+        self.last_step: Plan | None = None
+        self._idle: list[Tensor] = []
+        self._swaps: dict[bool, tuple[list[list[int]], Plan]] = {}
+
+    # -- steps and swaps -----------------------------------------------------------------------------------------
+
+    def step(self, groups: Groups, state: States, scaling: Scaling) -> bool:
+        """Step every parameter that has a gradient, and leave theta_hat in all; or do nothing, if `scaling` says so.
+
+        Returns:
+            Whether all hold theta_hat, as far as the host knows.
+
+        Raises:
+            RuntimeError, ValueError: the step can't be made. Parameters and state are as before.
+        """
+        self._look(groups, state)
+        plan = self.last_step
+        given = active(groups) if plan is None or plan.is_sharded else None
+        if plan is None or not self._fits(plan, given):
+            plan = self._plan_step(groups, state, given or active(groups))
+        if scaling.is_skipped(waits=HOST in self._numbers):
+            return self.are_all_predicted
+        if plan.params:
+            self._begin(False)
+        plan.run(None, scaling)
+        self._end()
+        if len(plan.params) < len(self._known):
+            self._swaps = {}  # parameters that share a row of theirs are no longer in step
+        if len(plan.params) == len(self._known) and plan.is_sure and scaling is UNSCALED:
+            return True
+        if self.are_all_predicted:
+            return True
+        self.swap(groups, state, True, scaling, but=plan.params)
+        return self.are_all_predicted
+
+    def _fits(self, plan: Plan, given: Active | None) -> bool:
+        """Whether the next step takes the parameters of the last one, and their tensors are as they were."""
+        # Idle parameters still have no gradient, so an equal count means the same parameters.
+        is_complete = given is None or len(given.params) == len(plan.params)
+        is_idle = all(param.grad is None for param in self._idle)
+        return is_complete and is_idle and plan.read(given and given.grads) and plan.check_writes()
+
+    def swap(
+        self,
+        groups: Groups,
+        state: States,
+        target: bool | Tensor,
+        scaling: Scaling = UNSCALED,
+        but: Collection[Tensor] = (),
+    ) -> None:
+        """Put theta_hat or theta into all parameters but these."""
+        self._look(groups, state)
+        plan = None if but or isinstance(target, Tensor) else self._last_swap(target)
+        if plan is None:
+            plan = self._plan_swap(groups, state, target, set(but))
+        if plan.params:
+            self._begin(True)
+        plan.run(target, scaling)
+        self._end()
+
+    def _last_swap(self, target: bool) -> Plan | None:
+        """The plan of the last swap to these weights, if it moved the parameters that are to be moved now."""
+        if target not in self._swaps:
+            return None
+        moved, plan = self._swaps[target]
+        if moved != self._to_move(target) or not plan.read(None) or not plan.check_writes():
+            return None
+        return plan
+
+    def _to_move(self, target: bool | Tensor) -> list[list[int]]:
+        return [numbers.to_move(target) for numbers in self._numbers.values()]
+
+    def _end(self) -> None:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            # torch.utils.swap_tensors refuses tensors that somebody holds.
+            self._drop_plans()
+
+    # -- what the parameters hold --------------------------------------------------------------------------------
+
+    @property
+    def are_all_predicted(self) -> bool:
+        """Whether every parameter holds theta_hat, as far as the host knows."""
+        return all(not (numbers.modes() != 1).any() for numbers in self._numbers.values())
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the host knows what every parameter holds."""
+        return not any(bool((numbers.modes() == UNKNOWN).any()) for numbers in self._numbers.values())
+
+    def predicted(self, state: States) -> bool | Tensor:
+        """Whether any parameter holds theta_hat; as a flag on the device where only that knows."""
+        if self._holds_state(state):
+            modes = numpy.concatenate([[0], *(numbers.modes() for numbers in self._numbers.values())])
+            if (modes == 1).any() or not (modes == UNKNOWN).any():
+                return bool((modes == 1).any())
+        flags = [values["predicted"] for values in map(_as_dict, state.values()) if "predicted" in values]
+        remote = [flag for flag in flags if isinstance(flag, Tensor) and not flag.is_cpu]
+        if any(bool(flag) for flag in flags if not isinstance(flag, Tensor) or flag.is_cpu):
+            return True
+        by_device = {flag.device: [other for other in remote if other.device == flag.device] for flag in remote}
+        reduced = [torch.stack(flags).any() for flags in by_device.values()]
+        return reduced[0] if len(reduced) == 1 else any(map(bool, reduced))
+
+    def _holds_state(self, state: States) -> bool:
+        """Whether the state is made of the very objects that were last looked at, and its numbers are ours."""
+        is_untouched = all(numbers.is_untouched for numbers in self._numbers.values())
+        return is_untouched and _are_same(self._seen_state, self._contents(state))
+
+    def is_current(self, groups: Groups, state: States) -> bool:
+        """Whether groups and state are those that were last looked at."""
+        return self._holds_groups(groups) and self._holds_state(state)
+
+    def _holds_groups(self, groups: Groups) -> bool:
+        """Whether these are the groups that were last looked at, with the same parameters, and options but numbers."""
+        return _are_same(self._seen_groups, _members(groups)) and self._seen_switches == _switches(groups)
+
+    def _contents(self, state: States) -> list[object]:
+        """The parameters that have state, and what is in it."""
+        try:
+            if all(map(isinstance, state.values(), repeat(dict))):
+                return [*state, *chain.from_iterable(map(self._get_contents, state.values()))]
+        except KeyError:  # not all have the same buffers, or somebody keeps other things in there
+            pass
+        own = {param: values for param, values in state.items() if has_state(self._rule, values)}
+        keys = (*self._rule.number_keys, *self._rule.buffer_keys)
+        return [*own, *(values.get(key) for values in own.values() for key in keys)]
+
+    # -- what was built, and from what ---------------------------------------------------------------------------
+
+    def note_frozen(self, groups: Groups) -> None:
+        """What is frozen now holds theta from the coming step or swap on; what still has a gradient is stepped."""
+        frozen = {
+            param for group in groups for param in group["params"] if not param.requires_grad and param.grad is None
+        }
+        if frozen != self._frozen:
+            self._seen_state = [None]  # makes the step or swap look
+            self._frozen = frozen
+
+    def _look(self, groups: Groups, state: States) -> None:
+        """Bring numbers and plans in line with the groups and the state as they now are."""
+        if not self.is_current(groups, state):
+            self._tracked(groups, state)
+            self._settle(groups, state)
+            self._drop_plans()
+            self._track(groups, state)
+            if self._frozen:  # the state may just have been loaded
+                self._settle(groups, state)
+
+    def _track(self, groups: Groups, state: States, created: Mapping[Tensor, State] | None = None) -> None:
+        """Follow all parameters that have state, or get it from `created`, and bind their numbers."""
+        self._seen_state = [None]
+        tracked = self._tracked(groups, {**state, **(created or {})})
+        check_memory(groups, [param for param, _, _ in tracked])
+        for param, _, values in tracked:
+            fit_dtype(self._rule, param, values)
+        homes: dict[torch.device, dict[Tensor, State]] = {}
+        for param, group, values in tracked:
+            homes.setdefault(self._home(param, group, values), {})[param] = values
+        if homes.keys() != self._numbers.keys() or not all(
+            self._numbers[device].are_in(list(states), list(states.values())) for device, states in homes.items()
+        ):
+            self._bind(homes)
+        for param, group, values in tracked:
+            buffers = {key: values[key] for key in self._rule.buffer_keys if key in values}
+            if param in self._known and not _are_same([*buffers.values()], [*self._known[param].buffers.values()]):
+                numbers, index = self._places[param]
+                numbers.versions[index] = UNKNOWN  # other tensors have other counters
+            self._known[param] = Known(group, buffers)
+        if not created:
+            self._see(groups, state)
+
+    def _tracked(self, groups: Groups, state: Mapping[Tensor, Any]) -> list[tuple[Tensor, Options, State]]:
+        """The parameters that have state, with their options and the state, which is checked."""
+        members = [(param, group, _as_dict(state.get(param))) for param, group in _params_of(groups)]
+        tracked = [(param, group, values) for param, group, values in members if has_state(self._rule, values)]
+        for param, _, values in tracked:
+            check_state(self._rule, param, values)
+        return tracked
+
+    def _bind(self, homes: Mapping[torch.device, Mapping[Tensor, State]]) -> None:
+        self._drop_plans()
+        # Until all is bound there are no numbers, so that after an interrupt they are bound again.
+        before, self._numbers = self._numbers, {}
+        bound = {}
+        for device, states in homes.items():
+            numbers = before.get(device) or make_numbers(self._rule, device)
+            numbers.bind(list(states), list(states.values()))
+            bound[device] = numbers
+        self._places = {
+            param: (numbers, index) for numbers in bound.values() for index, param in enumerate(numbers.params)
+        }
+        self._known = {param: known for param, known in self._known.items() if param in self._places}
+        self._numbers = bound
+
+    def _see(self, groups: Groups, state: States) -> None:
+        """All that plans are built from, to compare it with what is there when they are used."""
+        self._seen_groups, self._seen_switches = _members(groups), _switches(groups)
+        buffers = [key for key in self._rule.buffer_keys if any(key in known.buffers for known in self._known.values())]
+        self._get_contents = itemgetter(*self._rule.number_keys, *buffers)
+        self._seen_state = self._contents(state)
+
+    def _home(self, param: Tensor, options: Options, state: State) -> torch.device:
+        """Where a parameter's numbers live: on the host; or beside it, as torch.optim's for capturable and fused."""
+        if param.device.type == "cpu" or not (options["capturable"] or options["fused"]):
+            return HOST
+        if is_flat(param, self._buffers(state)):
+            return param.device
+        if options["capturable"]:
+            raise RuntimeError(
+                "capturable=True needs a parameter and its state to lie in memory alike and without gaps, those of "
+                f"shape {tuple(param.shape)} do not: make them contiguous, or use capturable=False"
+            )
+        return HOST  # the torch back end runs it
+
+    def _buffers(self, state: State) -> list[Tensor]:
+        return [state[key] for key in self._rule.buffer_keys if key in state]
+
+    def _plan_step(self, groups: Groups, state: States, given: Active) -> Plan:
+        """Check everything, create the missing state and divide the step into launches."""
+        checked = [checked_options(self._rule, group, check_ranges=False) for group in groups]
+        for own, kept in zip(groups, checked, strict=True):
+            own.update(kept)
+        for param, grad, group in zip(*given, strict=True):
+            check_gradient(self._name, param, grad, group)
+        options = dict(zip(given.params, given.options, strict=True))
+        if len(options) < len(given.params):
+            raise ValueError("some parameters appear more than once in the parameter groups: list each one once")
+        self._settle(groups, state)
+        self._conform(groups, state, options)
+        created = {
+            param: new_state(self._rule, param, group)
+            for param, group in options.items()
+            if not has_state(self._rule, state.get(param))
+        }
+        self._warn_of_replaced(created)
+        warn_of_lost_options(self._rule, state, created, options)
+        self._track(groups, state, created)
+        members = {param: (options[param], created.get(param) or state[param]) for param in given.params}
+        plan = self._launch(members, has_grad=True)
+        if not plan.read(given.grads):
+            raise RuntimeError(_UNSTEADY)
+        plan.check_writes()
+        for param, values in created.items():
+            state[param].update(values)
+        self._see(groups, state)
+        self._idle = [param for param, _ in _params_of(groups) if param not in options]
+        self.last_step, self._swaps, self.builds = plan, {}, self.builds + 1
+        return plan
+
+    def _plan_swap(self, groups: Groups, state: States, target: bool | Tensor, but: set[Tensor]) -> Plan:
+        self._settle(groups, state)
+        self._track(groups, state)
+        moving = self._to_move(target)
+        params = [
+            numbers.params[index]
+            for numbers, indices in zip(self._numbers.values(), moving, strict=True)
+            for index in indices
+        ]
+        members = {param: (self._known[param].options, state[param]) for param in params if param not in but}
+        plan = self._launch(members, has_grad=False)
+        if not plan.read(None):
+            raise RuntimeError(_UNSTEADY)
+        plan.check_writes()
+        if isinstance(target, bool) and not but:
+            self._swaps[target] = moving, plan
+        return plan
+
+    def _launch(self, members: Mapping[Tensor, tuple[Options, State]], has_grad: bool) -> Plan:
+        """As few launches as devices, dtypes, buffers and options allow."""
+        rule = self._rule
+        divided: dict[tuple[object, ...], list[int]] = {}
+        params = list(members)
+        for position, (param, (options, state)) in enumerate(members.items()):
+            key = (
+                param.device,
+                param.dtype,
+                state[rule.state_keys[0]].dtype,
+                "max_exp_avg_sq" in state,
+                "master_weights" in state,
+                is_flat(param, self._buffers(state)),
+                id(self._places[param][0]),
+                *(options[name] for name in ("backend", "foreach", "fused", "capturable")),
+            )
+            divided.setdefault(key, []).append(position)
+        runs = []
+        for key, positions in divided.items():
+            numbers = self._places[params[positions[0]]][0]
+            chosen = [Member(params[i], *members[params[i]], self._places[params[i]][1]) for i in positions]
+            vectors = [(numbers.vectors[member.index], numbers.views[member.index][STEP]) for member in chosen]
+            launch = Launch(rule, chosen, positions, vectors, numbers.sources(chosen), has_grad)
+            options = chosen[0].options if key[5] else {**chosen[0].options, **_NOT_FLAT}
+            runs.append(Run(launch, numbers, backends.bind(launch, numbers, options)))
+        return Plan(runs, params)
+
+    def _conform(self, groups: Groups, state: States, options: Mapping[Tensor, Options]) -> None:
+        """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
+        switched = [
+            param
+            for param, group in options.items()
+            if param in self._known and not follows_options(state[param], group)
+        ]
+        if switched:
+            # theta_hat can only be undone with the buffers that made it.
+            self.swap(groups, state, False)
+            for param in switched:
+                follow_options(self._rule, param, state[param], options[param])
+
+    # -- what leaves, leaves at theta ----------------------------------------------------------------------------
+
+    def _settle(self, groups: Groups, state: States) -> None:
+        """Bring to theta what takes no more steps, so that the weights stay that somebody who froze a layer or reset an
+        optimizer believes to be there."""
+        present = {param for param, _ in _params_of(groups)}
+        leaving = find_leaving(self._numbers.values(), self._known, present, self._frozen, state)
+        if leaving.undone:
+            members = {param: (self._known[param].options, self._known[param].buffers) for param in leaving.undone}
+            plan = self._launch(members, has_grad=False)
+            if plan.read(None):
+                self._begin(True)
+                plan.run(False, UNSCALED)
+                self._end()
+        lost = [param for param in leaving.spoiled if not self._is_equal_still(param)]
+        self._give_up(lost)
+        for param in chain(leaving.undone, lost, leaving.settled):
+            numbers, index = self._places[param]
+            numbers.settle([index])
+            values = state.get(param)
+            if isinstance(values, dict) and values.get("predicted") is not numbers.views[index][PREDICTED]:
+                values.pop("predicted", None)  # a copy of the state says that the parameter holds theta_hat
+        self._left = leaving.gone or self._left
+
+    def _is_equal_still(self, param: Tensor) -> bool:
+        """Whether the state that somebody wrote to undoes the prediction all the same: it was copied there, say."""
+        (numbers, index), known = self._places[param], self._known[param]
+        state = {**known.buffers, **dict(zip(self._rule.number_keys, numbers.views[index], strict=True))}
+        is_held, is_moved = round_trip(self._rule, [{**known.options, "params": [param]}], {param: state})
+        numbers.versions[index] = UNKNOWN
+        return is_held and is_moved
+
+    def _give_up(self, lost: list[Tensor]) -> None:
+        """What these parameters hold is theta from now on, unless there is a copy of it."""
+        without_copy = 0
+        for param in lost:
+            master = self._known[param].buffers.get("master_weights")
+            if master is not None:
+                local(param).copy_(local(master))
+            without_copy += master is None
+        if without_copy:
+            warn(
+                f"the state of {without_copy} parameters was written to while they held predicted weights, so that the "
+                "prediction can't be undone: what they hold is taken for the true weights. Write to the state inside "
+                "`with optimizer.true_weights():`, or call optimizer.eval() before"
+            )
+
+    def _warn_of_replaced(self, created: Collection[Tensor]) -> None:
+        """Say so where parameters without state seem to replace others, whose predicted weights they then hold."""
+        shapes = {tuple(param.shape) for param in created}
+        count = sum(tuple(param.shape) in shapes for param in self._left)
+        self._left = []
+        if count:
+            warn(
+                f"{count} parameters that hold predicted weights have left the param groups, and new ones of the same "
+                "shapes have no state yet. If the new ones replace them (fully_shard, a conversion of the model), "
+                "training goes on without momentum and takes predicted weights for true ones. Make the optimizer after "
+                "the replacement; in mid-training save state_dict() of model and optimizer before it and load both "
+                "afterwards"
+            )
+
+
+SAMPLE = 1 << 12
+"""Elements of each parameter that `round_trip` looks at."""
+
+
+def round_trip(rule: Rule, groups: Groups, state: Mapping[Tensor, Any]) -> tuple[bool, bool]:
+    """Whether the parameters hold the theta_hat that their state predicts, and whether that differs from theta.
+
+    Going to theta and back returns every bit of a theta_hat. Of any other numbers it changes the ones whose sums round
+    differently on the way back, a few in a hundred or thousand: enough to tell, but for the tiniest of models. One pair
+    passes unseen, theta itself one step ahead: it is what the theta before it predicted.
+    """
+    sampled_groups, sampled = _sample(rule, groups, state)
+    planner = Planner(rule, rule.name)
+    seen = [_weights(sampled)]
+    for target in (False, True):
+        planner.swap(sampled_groups, sampled, target)
+        seen.append(_weights(sampled))
+    before, at_theta, after = seen
+    return all(map(_are_equal, before, after)), not all(map(_are_equal, before, at_theta))
+
+
+def _sample(rule: Rule, groups: Groups, state: Mapping[Tensor, Any]) -> tuple[Groups, dict[Tensor, Any]]:
+    """Copies of the first elements of each parameter that holds predicted weights, with their state."""
+    sampled: dict[Tensor, Any] = {}
+    sampled_groups: Groups = []
+    for group in groups:
+        sampled_groups.append({**group, "params": []})
+        for param in group["params"]:
+            values = _as_dict(state.get(param))
+            if bool(values.get("predicted", False)):
+                piece = _first_elements(param).requires_grad_()
+                sampled_groups[-1]["params"].append(piece)
+                sampled[piece] = {key: _first_elements(values[key]) for key in rule.buffer_keys if key in values}
+                sampled[piece] |= {key: values[key].clone() for key in rule.number_keys}
+    return sampled_groups, sampled
+
+
+def _are_equal(before: Tensor, after: Tensor) -> bool:
+    """Whether the finite elements are; what has overflowed comes from nowhere and goes nowhere."""
+    return bool(((before == after) | ~before.isfinite()).all())
+
+
+def _first_elements(tensor: Tensor) -> Tensor:
+    tensor = local(tensor.detach())
+    return tensor.reshape(-1)[:SAMPLE].clone() if owns_memory(tensor) else tensor.clone()
+
+
+def _weights(state: Mapping[Tensor, Any]) -> list[Tensor]:
+    """In full: a master copy tells what a 16-bit parameter can't."""
+    return [values.get("master_weights", param).clone() for param, values in state.items()] + [p.clone() for p in state]
+
+
+def _are_same(seen: Sequence[object], present: Sequence[object]) -> bool:
+    """Whether both hold the same objects. `==` would ask tensors that are not, and takes an equal one for the same."""
+    return len(seen) == len(present) and all(map(is_, seen, present))
+
+
+def _params_of(groups: Groups) -> Iterator[tuple[Tensor, Options]]:
+    return ((param, group) for group in groups for param in group["params"])
+
+
+def _members(groups: Groups) -> list[object]:
+    """Each group, and behind it its parameters: a parameter that changes groups changes this."""
+    return [*chain.from_iterable((group, *group["params"]) for group in groups)]
+
+
+def _switches(groups: Groups) -> list[object]:
+    return [group.get(name) for group in groups for name in SWITCHES]
+
+
+def _as_dict(values: Any) -> State:
+    """A parameter's state; anything else that somebody keeps in the optimizer's state counts as none."""
+    return values if isinstance(values, dict) else {}
