@@ -1,4 +1,4 @@
-"""How the code is built: modules import downwards only, a step is three frames deep, files stay readable."""
+"""How the code is built: modules import downwards only, a step is three frames deep, test files stay readable."""
 
 import ast
 import sys
@@ -88,8 +88,14 @@ def _test_files() -> list[Path]:
     return sorted(TESTS.rglob("test_*.py"))
 
 
+@pytest.mark.parametrize("path", _test_files(), ids=lambda path: path.stem)
+def test_no_test_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
 def test_no_test_imports_from_a_test():
     for path in _test_files():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert not (node.module or "").rpartition(".")[2].startswith("test_"), path
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(module.rpartition(".")[2].startswith("test_") for module in modules), path

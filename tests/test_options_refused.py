@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 from cases import PLAIN
-from snapshots import assert_unchanged, filled, message_of, snapshot, trained
+from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
 from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 
@@ -139,7 +139,7 @@ def test_a_bad_argument_is_refused_wherever_it_is_set_and_changes_nothing(cls, k
     assert text in message_of(lambda: cls([param], **kwargs), error)
     assert text in message_of(lambda: cls([{"params": [filled(2)]}, {"params": [param], **kwargs}]), error)
     assert torch.equal(param, before)
-    optimizer, _ = trained(cls)
+    optimizer, _ = trained_in_two_groups(cls)
     before = snapshot(optimizer)
     assert text in message_of(lambda: optimizer.add_param_group({"params": [filled(2)], **kwargs}), error)
     assert_unchanged(optimizer, before)
@@ -175,7 +175,7 @@ def test_a_group_cannot_turn_xadamw_into_xadam():
 @pytest.mark.parametrize("source, target", [(XAdam, XAdaBelief), (XAdaM3, XAdam), (XAdam, XAdamW)], ids=_id)
 def test_groups_of_another_optimizer_are_adopted_as_our_own(source, target):
     """`XAdaBelief(xadam.param_groups)` must not save files that say "adam" and cannot be loaded again."""
-    optimizer, params = trained(source)
+    optimizer, params = trained_in_two_groups(source)
     adopted = target([dict(group) for group in optimizer.param_groups])
     adopted.step()
     fresh = target([{"params": [param]} for param in params])
@@ -212,8 +212,8 @@ BAD_LATER = [
     ids=_id,
 )
 def test_what_cannot_be_computed_with_raises_in_step_and_changes_nothing(cls, name, value, predicted):
-    optimizer, params = trained(cls)
-    undisturbed, expected = trained(cls)
+    optimizer, params = trained_in_two_groups(cls)
+    undisturbed, expected = trained_in_two_groups(cls)
     for each in (optimizer, undisturbed):
         each.train(predicted)
     good = optimizer.param_groups[1][name]
@@ -232,7 +232,7 @@ def test_what_cannot_be_computed_with_raises_in_step_and_changes_nothing(cls, na
 
 @every_class
 def test_a_tensor_lr_that_becomes_nan_in_place_raises_in_step_and_changes_nothing(cls):
-    optimizer, params = trained(cls, lr=torch.tensor(0.1))
+    optimizer, params = trained_in_two_groups(cls, lr=torch.tensor(0.1))
     before = [param.detach().clone() for param in params]
     optimizer.param_groups[0]["lr"].fill_(math.nan)
     with pytest.raises(ValueError, match="Invalid learning rate: nan"):

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from cases import PLAIN
-from snapshots import filled
+from training import filled
 
 from xgrad_optim import XSGDM, XAdam, XAdamW
 

@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 from cases import PLAIN
-from snapshots import filled
+from training import filled
 
 from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 

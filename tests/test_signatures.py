@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from cases import PLAIN
-from snapshots import filled
+from training import filled
 
 from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 from xgrad_optim.rule import COMMON, Common
