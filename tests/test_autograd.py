@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from training import PARAM, either_precision, every_class, train, trained
+from cases import every_class
+from training import PARAM, either_precision, train, trained
 
 SWAPS = {
     "eval": lambda optimizer: optimizer.eval(),

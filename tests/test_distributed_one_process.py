@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cases import every_class
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -19,7 +20,6 @@ from training import (
     clones,
     either_mode,
     either_precision,
-    every_class,
     make_params,
     options,
     thetas,

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from cases import every_class
 from training import (
     SHAPES,
     assert_all_same_bits,
@@ -16,7 +17,6 @@ from training import (
     cloned_params,
     clones,
     either_precision,
-    every_class,
     feed,
     name_of,
     options,

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from cases import every_class
 from training import (
     assert_all_same_bits,
     assert_same,
@@ -16,7 +17,6 @@ from training import (
     clones,
     either_mode,
     either_precision,
-    every_class,
     make_params,
     thetas,
     train,

@@ -8,21 +8,20 @@ import copy
 
 import pytest
 import torch
+from cases import every_class
+from family import MEMBERS
 from torch.optim import lr_scheduler, swa_utils
 from training import (
     assert_all_same_bits,
     assert_same,
     clones,
     either_precision,
-    every_class,
     feed,
     thetas,
     torch_may_warn,
     train,
     trained,
 )
-
-from xgrad_optim import XSGDM
 
 SCHEDULERS = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 0.7**epoch),
@@ -101,7 +100,7 @@ def test_momentum_is_cycled(cls, make):
         train(optimizer, params, [step])
         scheduler.step()
         group = optimizer.param_groups[0]
-        seen.add(float(group["momentum"] if cls is XSGDM else group["betas"][0]))
+        seen.add(float(group["betas"][0] if "betas" in group else group["momentum"]))
     assert len(seen) > 2
 
 
@@ -135,7 +134,7 @@ def test_no_option_of_now_undoes_a_prediction_of_then(cls, master_weights, name)
 def test_tensor_options_that_are_filled_in_place_do_not_undo_a_prediction_wrongly(cls):
     number = torch.tensor
     kwargs = {"lr": number(0.01), "prediction_steps": number(2.0)}
-    if cls is not XSGDM:
+    if MEMBERS[cls].takes("betas"):
         kwargs["betas"] = (number(0.9), number(0.99))
     optimizer, params = trained(cls, **kwargs)
     theta, theta_hat = thetas(optimizer, params), clones(params)

@@ -1,9 +1,11 @@
 """Checkpoints go from torch.optim to its X class and back. A loaded state without prediction numbers means theta."""
 
 import copy
+import inspect
 
 import pytest
 import torch
+from family import FAMILY, MEMBERS
 from training import (
     PARAM,
     assert_same_bits,
@@ -16,28 +18,26 @@ from training import (
     trained,
 )
 
-from xgrad_optim import XSGDM, XAdam, XAdamW
+from xgrad_optim import XAdam, XAdamW
 
-SGD_CASES = [
-    {"momentum": 0.9},
+CASES = [
+    {},
     {"momentum": 0.0},
     {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05},
-    {"momentum": 0.9, "maximize": True},
-    {"momentum": 0.9, "foreach": True},
-    {"momentum": 0.9, "fused": True},
     {"momentum": 0.0, "weight_decay": 0.1},
-]
-ADAM_CASES = [
-    {},
     {"amsgrad": True, "weight_decay": 0.05},
     {"betas": (0.7, 0.9), "eps": 1e-3, "maximize": True},
+    {"maximize": True},
     {"foreach": True},
+    {"fused": True},
     {"fused": True, "amsgrad": True},
 ]
+BASES = {member.base: member for member in FAMILY if member.base}
 EXCHANGES = [
-    *((torch.optim.SGD, XSGDM, case) for case in SGD_CASES),
-    *((torch.optim.Adam, XAdam, case) for case in ADAM_CASES),
-    *((torch.optim.AdamW, XAdamW, case) for case in ADAM_CASES),
+    (base, member.cls, {**member.defaults, **case})
+    for base, member in BASES.items()
+    for case in CASES
+    if {*case} <= {*inspect.signature(base).parameters} and member.takes(*case)
 ]
 exchange = pytest.mark.parametrize("base, cls, case", EXCHANGES, ids=name_of)
 
@@ -115,11 +115,11 @@ def test_a_checkpoint_of_an_old_torch_counts_steps_in_python_numbers():
     assert_close(our_params, params)
 
 
-@pytest.mark.parametrize("base, cls", [(torch.optim.AdamW, XAdamW), (torch.optim.Adam, XAdam)], ids=name_of)
+@pytest.mark.parametrize("base, cls", [(base, member.cls) for base, member in BASES.items()], ids=name_of)
 def test_a_torch_checkpoint_of_a_16_bit_model_goes_on_with_master_weights(base, cls):
     """The master starts as exactly the loaded weights; from there it is a float32 run on the same gradients."""
     params = make_params(dtype=torch.bfloat16)
-    theirs = base(params, lr=0.02, weight_decay=0.1)
+    theirs = MEMBERS[cls].make_base(params, lr=0.02, weight_decay=0.1)
     train(theirs, params, range(3))
     saved = through_a_file(theirs.state_dict())
 

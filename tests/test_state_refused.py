@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
+from cases import every_class
+from family import CLASSES, FAMILY, RULES, keeping, taking
 from training import (
-    ADAMS,
-    FAMILY,
     assert_goes_on_alike,
     assert_unchanged,
     either_mode,
-    every_class,
     make_params,
     name_of,
     options,
@@ -19,8 +18,6 @@ from training import (
     train,
     trained,
 )
-
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 
 
 def _on_state(change):
@@ -40,36 +37,45 @@ def _state_of_no_dict(saved):
     saved["state"][1] = [1.0]
 
 
+def _needing(kind, key):
+    """The classes without whose `key` a loaded state, or param group, can't go on."""
+    return tuple(member.cls for member in FAMILY if key in getattr(member.rule, f"required_{kind}"))
+
+
+STATE_KEYS = dict.fromkeys(key for rule in RULES.values() for key in rule.state_keys)
+REQUIRED_STATE = dict.fromkeys(key for rule in RULES.values() for key in rule.required_state)
+REQUIRED_OPTIONS = dict.fromkeys(key for rule in RULES.values() for key in rule.required_options)
+
 MISFITS = {  # name: (change of a good state_dict, classes)
-    "no state": (lambda saved: saved.pop("state"), FAMILY),
-    "no param_groups": (lambda saved: saved.pop("param_groups"), FAMILY),
-    "one group more": (lambda saved: saved["param_groups"].append({"params": []}), FAMILY),
-    "one group less": (lambda saved: saved["param_groups"].pop(), FAMILY),
-    "one parameter more": (_first_group(lambda group: group["params"].append(7)), FAMILY),
-    "one parameter less": (_first_group(lambda group: group["params"].pop()), FAMILY),
-    "a group without params": (_first_group(lambda group: group.pop("params")), FAMILY),
-    "a group without lr": (_first_group(lambda group: group.pop("lr")), FAMILY),
-    "a group whose lr is nan": (_first_group(lambda group: group.__setitem__("lr", math.nan)), FAMILY),
-    "a group whose lr is text": (_first_group(lambda group: group.__setitem__("lr", "0.1")), FAMILY),
-    "a group without betas": (_first_group(lambda group: group.pop("betas")), ADAMS),
-    "a group without momentum": (_first_group(lambda group: group.pop("momentum")), (XSGDM,)),
-    "a group with nesterov": (_first_group(lambda group: group.__setitem__("nesterov", True)), (XSGDM,)),
-    "state that is no dict": (_state_of_no_dict, FAMILY),
-    "no buffer": (_on_state(lambda state: state.pop("exp_avg", None) or state.pop("momentum_buffer")), (XSGDM,)),
-    "no exp_avg": (_on_state(lambda state: state.pop("exp_avg")), ADAMS),
-    "no exp_avg_sq": (_on_state(lambda state: state.pop("exp_avg_sq")), ADAMS),
-    "exp_avg is None": (_set("exp_avg", None), ADAMS),
-    "exp_avg is a number": (_set("exp_avg", 0.5), ADAMS),
-    "exp_avg is a list": (_set("exp_avg", [0.0] * 5), ADAMS),
-    "no step": (_on_state(lambda state: state.pop("step")), ADAMS),
-    "step of three elements": (_set("step", torch.ones(3)), FAMILY),
-    "step is text": (_set("step", "3"), FAMILY),
-    "exp_avg of another shape": (_set("exp_avg", torch.zeros(5, 1)), ADAMS),
-    "exp_avg_sq of another size": (_set("exp_avg_sq", torch.zeros(6)), ADAMS),
-    "max_exp_avg_sq of another size": (_set("max_exp_avg_sq", torch.zeros(())), ADAMS),
-    "momentum_buffer of another shape": (_set("momentum_buffer", torch.zeros(1, 5)), (XSGDM,)),
-    "master_weights of another shape": (_set("master_weights", torch.zeros(4)), FAMILY),
-    "prediction_shift of two elements": (_set("prediction_shift", torch.zeros(2)), FAMILY),
+    "no state": (lambda saved: saved.pop("state"), CLASSES),
+    "no param_groups": (lambda saved: saved.pop("param_groups"), CLASSES),
+    "one group more": (lambda saved: saved["param_groups"].append({"params": []}), CLASSES),
+    "one group less": (lambda saved: saved["param_groups"].pop(), CLASSES),
+    "one parameter more": (_first_group(lambda group: group["params"].append(7)), CLASSES),
+    "one parameter less": (_first_group(lambda group: group["params"].pop()), CLASSES),
+    "a group without params": (_first_group(lambda group: group.pop("params")), CLASSES),
+    "a group whose lr is nan": (_first_group(lambda group: group.__setitem__("lr", math.nan)), CLASSES),
+    "a group whose lr is text": (_first_group(lambda group: group.__setitem__("lr", "0.1")), CLASSES),
+    **{
+        f"a group without {name}": (_first_group(lambda group, name=name: group.pop(name)), _needing("options", name))
+        for name in REQUIRED_OPTIONS
+    },
+    "a group with nesterov": (_first_group(lambda group: group.__setitem__("nesterov", True)), taking("nesterov")),
+    "state that is no dict": (_state_of_no_dict, CLASSES),
+    **{
+        f"no {key}": (_on_state(lambda state, key=key: state.pop(key)), _needing("state", key))
+        for key in REQUIRED_STATE
+    },
+    **{f"{key} of another shape": (_set(key, torch.zeros(5, 1)), keeping(key)) for key in STATE_KEYS},
+    **{f"{key} of another size": (_set(key, torch.zeros(6)), keeping(key)) for key in STATE_KEYS},
+    "exp_avg is None": (_set("exp_avg", None), keeping("exp_avg")),
+    "exp_avg is a number": (_set("exp_avg", 0.5), keeping("exp_avg")),
+    "exp_avg is a list": (_set("exp_avg", [0.0] * 5), keeping("exp_avg")),
+    "step of three elements": (_set("step", torch.ones(3)), CLASSES),
+    "step is text": (_set("step", "3"), CLASSES),
+    "max_exp_avg_sq of another size": (_set("max_exp_avg_sq", torch.zeros(())), taking("amsgrad")),
+    "master_weights of another shape": (_set("master_weights", torch.zeros(4)), CLASSES),
+    "prediction_shift of two elements": (_set("prediction_shift", torch.zeros(2)), CLASSES),
 }
 
 
@@ -106,33 +112,26 @@ def test_what_is_no_state_dict_raises(cls, not_a_state_dict):
     assert_unchanged(optimizer, before)
 
 
-def _x(cls):
-    return lambda params: cls(params, lr=0.1)
+def _strangers(optimizer):
+    """Our classes that are of another rule than this class, which may be torch.optim's."""
+    kin = {member.rule for member in FAMILY if optimizer in (member.cls, member.base)}
+    return [member.cls for member in FAMILY if member.rule not in kin]
 
 
-OTHERS = [  # (name, what builds it, into which classes it must not load)
-    ("SGD", lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), ADAMS),
-    ("SGD without momentum", lambda params: torch.optim.SGD(params, lr=0.1), ADAMS),
-    ("Adam", torch.optim.Adam, (XSGDM, XAdaBelief, XAdaM3)),
-    ("AdamW", torch.optim.AdamW, (XSGDM, XAdaBelief, XAdaM3)),
-    ("Adagrad", torch.optim.Adagrad, FAMILY),
-    ("Adadelta", torch.optim.Adadelta, FAMILY),
-    ("Adamax", torch.optim.Adamax, FAMILY),
-    ("NAdam", torch.optim.NAdam, FAMILY),
-    ("RAdam", torch.optim.RAdam, FAMILY),
-    ("RMSprop", lambda params: torch.optim.RMSprop(params, momentum=0.9), FAMILY),
-    ("Rprop", torch.optim.Rprop, FAMILY),
-    ("ASGD", torch.optim.ASGD, FAMILY),
-    ("XSGDM", _x(XSGDM), ADAMS),
-    ("XAdam", _x(XAdam), (XSGDM, XAdaBelief, XAdaM3)),
-    ("XAdamW", _x(XAdamW), (XSGDM, XAdaBelief, XAdaM3)),
-    ("XAdaBelief", _x(XAdaBelief), (XSGDM, XAdam, XAdamW, XAdaM3)),
-    ("XAdaM3", _x(XAdaM3), (XSGDM, XAdam, XAdamW, XAdaBelief)),
+OTHERS = [  # (name, what builds it, its class)
+    ("SGD", lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), torch.optim.SGD),
+    ("SGD without momentum", lambda params: torch.optim.SGD(params, lr=0.1), torch.optim.SGD),
+    ("RMSprop", lambda params: torch.optim.RMSprop(params, momentum=0.9), torch.optim.RMSprop),
+    *(
+        (name, getattr(torch.optim, name), getattr(torch.optim, name))
+        for name in ("Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
+    ),
+    *((cls.__name__, lambda params, cls=cls: cls(params, lr=0.1), cls) for cls in CLASSES),
 ]
 
 
 @pytest.mark.parametrize(
-    "name, make, cls", [(name, make, cls) for name, make, classes in OTHERS for cls in classes], ids=name_of
+    "name, make, cls", [(name, make, cls) for name, make, source in OTHERS for cls in _strangers(source)], ids=name_of
 )
 def test_the_state_dict_of_another_optimizer_raises_and_changes_nothing(name, make, cls):
     """AdaBelief's second moment is not Adam's: the keys alone would fit."""

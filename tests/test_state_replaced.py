@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from cases import every_class
 from training import (
     SHAPES,
     assert_goes_on_alike,
@@ -18,7 +19,6 @@ from training import (
     assert_unchanged,
     either_mode,
     either_precision,
-    every_class,
     feed,
     make_params,
     name_of,
@@ -28,8 +28,6 @@ from training import (
     trained,
 )
 
-from xgrad_optim import XSGDM
-
 
 def _move_as_lightning(optimizer, params):
     """lightning.fabric's _optimizer_to_device: every value but "step" moved, the dict itself replaced."""
@@ -38,8 +36,7 @@ def _move_as_lightning(optimizer, params):
 
 
 def _clone_one_buffer(optimizer, params):
-    state = optimizer.state[params[0]]
-    key = "momentum_buffer" if "momentum_buffer" in state else "exp_avg"
+    state, key = optimizer.state[params[0]], optimizer.rule.state_keys[0]
     state[key] = state[key].clone()
 
 
@@ -136,15 +133,13 @@ def _step_of_all_but_one(optimizer, params):
 
 
 def _double_the_buffers(optimizer, params):
-    for param, state in optimizer.state.items():
-        for key, value in state.items():
-            if (value.shape == param.shape and "exp_avg" in key) or "buffer" in key:
-                value.mul_(2)
+    for state in optimizer.state.values():
+        for key in optimizer.rule.state_keys:
+            state[key].mul_(2)
 
 
 def _other_buffer(optimizer, params):
-    state = optimizer.state[params[1]]
-    key = "momentum_buffer" if "momentum_buffer" in state else "exp_avg_sq"
+    state, key = optimizer.state[params[1]], optimizer.rule.state_keys[-1]
     state[key] = torch.full_like(state[key], 0.25)
 
 
@@ -197,7 +192,8 @@ def test_edits_between_steps_are_obeyed(cls, master_weights, edit):
         for param, witness_param in zip(params, witness_params, strict=True):
             assert_same_bits(param, witness_param)
     train(unedited, unedited_params, range(3, 6))
-    if not (cls is XSGDM and "step" in edit.__name__) and edit is not _torchs_keys_only:
+    counts = "step" in cls.rule.required_state
+    if (counts or "step" not in edit.__name__) and edit is not _torchs_keys_only:
         assert any(not torch.equal(param, other) for param, other in zip(params, unedited_params, strict=True))
 
 
@@ -243,7 +239,7 @@ def test_replaced_state_that_does_not_fit_raises_in_step_and_changes_nothing(cls
     optimizer, params = trained(cls)
     feed(params, 3)
     state = optimizer.state[params[0]]
-    state["momentum_buffer" if cls is XSGDM else "exp_avg"] = torch.zeros(shape)
+    state[cls.rule.state_keys[0]] = torch.zeros(shape)
     before = snapshot(optimizer)
     with pytest.raises((RuntimeError, ValueError)):
         optimizer.step()

@@ -11,8 +11,9 @@ import pickle
 
 import pytest
 import torch
+from cases import every_class
+from family import CLASSES, MEMBERS, taking
 from training import (
-    ADAMS,
     PARAM,
     assert_goes_on_alike,
     assert_same,
@@ -21,7 +22,7 @@ from training import (
     cloned_params,
     either_mode,
     either_precision,
-    every_class,
+    every_class_with_amsgrad,
     every_dtype,
     feed,
     make_params,
@@ -33,16 +34,15 @@ from training import (
     trained,
 )
 
-from xgrad_optim import XSGDM, XAdam
+from xgrad_optim import XAdam
 
 
-@every_class
-@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(
+    "amsgrad, cls", [(False, cls) for cls in CLASSES] + [(True, cls) for cls in taking("amsgrad")], ids=name_of
+)
 def test_state_keys_are_those_of_torch_optim(cls, amsgrad):
-    if cls is XSGDM:
-        ours, theirs = XSGDM(make_params()), torch.optim.SGD(make_params(), momentum=0.9)
-    else:
-        ours, theirs = cls(make_params(), amsgrad=amsgrad), torch.optim.Adam(make_params(), amsgrad=amsgrad)
+    more = {**MEMBERS[cls].training, **({"amsgrad": True} if amsgrad else {})}
+    ours, theirs = cls(make_params(), **more), MEMBERS[cls].like(make_params(), **more)
     for optimizer in (ours, theirs):
         train(optimizer, optimizer.param_groups[0]["params"], range(1))
     ours, theirs = ours.state_dict(), theirs.state_dict()
@@ -63,8 +63,7 @@ def test_state_is_as_precise_as_promised(cls, dtype, master_weights):
     optimizer, params = trained(cls, dtype=dtype, master_weights=master_weights)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     for param in params:
-        buffers = {key: value for key, value in optimizer.state[param].items() if "exp" in key or "buffer" in key}
-        assert buffers
+        buffers = {key: optimizer.state[param][key] for key in cls.rule.state_keys}
         assert all(value.dtype == (wide if master_weights else dtype) for value in buffers.values())
         assert ("master_weights" in optimizer.state[param]) is master_weights
         if master_weights:
@@ -150,7 +149,7 @@ def test_reloading_ones_own_state_in_mid_training_changes_no_bit(cls, dtype, mas
     assert_goes_on_alike(optimizer, params, twin, twin_params)
 
 
-@pytest.mark.parametrize("cls", ADAMS, ids=name_of)
+@every_class_with_amsgrad
 @either_mode
 def test_amsgrad_resumes(cls, predicted):
     optimizer, params = trained(cls, amsgrad=True)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import every_class
 from training import (
     PARAM,
     assert_all_same_bits,
@@ -13,7 +14,6 @@ from training import (
     clones,
     either_mode,
     either_precision,
-    every_class,
     feed,
     make_params,
     name_of,

@@ -4,11 +4,13 @@ import weakref
 
 import pytest
 import torch
+from cases import every_class
+from family import MEMBERS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from training import PARAM, name_of, options
+from training import PARAM, options
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdamW
+from xgrad_optim import XAdamW
 
 
 class PeakMemory(TorchDispatchMode):
@@ -78,11 +80,11 @@ def assert_bounded(peak_of):
     assert large <= 1.2 * small
 
 
-@pytest.mark.parametrize("cls", [XSGDM, XAdam, XAdaBelief], ids=name_of)
+@every_class
 @pytest.mark.parametrize("case", MEMORY_CASES)
 def test_scratch_memory_is_bounded(cls, case):
     dtype, kwargs = MEMORY_CASES[case]
-    if cls is not XSGDM:
+    if MEMBERS[cls].takes("amsgrad"):
         kwargs = kwargs | {"amsgrad": True}
 
     def peak_of(numel):

@@ -6,6 +6,8 @@ has no gradient.
 
 import pytest
 import torch
+from cases import every_class
+from family import MEMBERS
 from training import (
     COMPLEX_DTYPES,
     PARAM,
@@ -16,7 +18,6 @@ from training import (
     clones,
     either_mode,
     either_precision,
-    every_class,
     feed,
     gradient,
     make_params,
@@ -26,8 +27,6 @@ from training import (
     train,
     trained,
 )
-
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3
 
 
 def assert_steps_like_loners(cls, params, schedule, groups=None, steps=6, **kwargs):
@@ -66,27 +65,34 @@ def test_parameters_without_gradient_at_some_steps_and_one_that_joins_later(cls,
     assert params[4] not in optimizer.state or not optimizer.state[params[4]]
 
 
-GROUP_OPTIONS = {
-    XSGDM: [{}, {"lr": 0.3}, {"momentum": 0.0}, {"dampening": 0.0}, {"maximize": True}, {"weight_decay": 0.0}],
-    XAdam: [{}, {"lr": 0.3}, {"betas": (0.5, 0.6)}, {"eps": 0.1}, {"maximize": True}, {"weight_decay": 0.0}],
-}
 COMMON_GROUP_OPTIONS = [
+    {},
     {"prediction_steps": 0},
     {"prediction_steps": 7.5},
     {"master_weights": True},
+    {"maximize": True},
     {"lr": torch.tensor(0.25)},
     {"lr": 0.0},
 ]
-ADAM_GROUP_OPTIONS = [{"amsgrad": True}, {"amsgrad": True, "master_weights": True, "maximize": True}]
+GROUP_OPTIONS = [
+    {"lr": 0.3},
+    {"weight_decay": 0.0},
+    {"momentum": 0.0},
+    {"dampening": 0.0},
+    {"betas": (0.5, 0.6)},
+    {"eps": 0.1},
+    {"amsgrad": True},
+    {"amsgrad": True, "master_weights": True, "maximize": True},
+    {"decoupled_weight_decay": False},
+]
 
 
 @every_class
 def test_groups_with_different_options(cls):
-    own = GROUP_OPTIONS.get(cls, GROUP_OPTIONS[XAdam]) + COMMON_GROUP_OPTIONS
-    if cls is not XSGDM:
-        own = own + ADAM_GROUP_OPTIONS
-    if cls in (XAdaBelief, XAdaM3):
-        own = [*own, {"decoupled_weight_decay": False}]
+    member = MEMBERS[cls]
+    own = COMMON_GROUP_OPTIONS + [options for options in GROUP_OPTIONS if member.takes(*options)]
+    known = {name for options in GROUP_OPTIONS for name in options}
+    own += [{name: member.arguments[name] / 2} for name in member.numbers if name not in known]
     params = make_params([(4,)] * len(own) + [(2, 3)] * len(own))
     groups = [{"params": params[place :: len(own)], **group} for place, group in enumerate(own)]
     schedule = [range(6) if place % 3 else (0, 1, 3, 5) for place in range(len(params))]
@@ -96,7 +102,7 @@ def test_groups_with_different_options(cls):
 @every_class
 def test_parameters_of_every_dtype_in_one_group(cls):
     params = [PARAM(random((4, 3), place, dtype)) for place, dtype in enumerate((*REAL_DTYPES, *COMPLEX_DTYPES) * 2)]
-    kwargs = {} if cls is XSGDM else {"eps": 1e-3}
+    kwargs = {"eps": 1e-3} if MEMBERS[cls].takes("eps") else {}
     assert_steps_like_loners(cls, params, [range(4)] * len(params), steps=4, **kwargs)
 
 

@@ -5,10 +5,10 @@ Blocks and bundles of tensors end at sizes that the shapes here straddle.
 
 import pytest
 import torch
+from cases import every_class
+from family import CLASSES, taking
 from training import (
-    ADAMS,
     COMPLEX_DTYPES,
-    FAMILY,
     PARAM,
     REAL_DTYPES,
     assert_all_same_bits,
@@ -16,7 +16,6 @@ from training import (
     assert_same_bits,
     clones,
     either_precision,
-    every_class,
     feed,
     gradient,
     make_params,
@@ -124,7 +123,9 @@ def test_every_real_dtype_trains(cls, master_weights, dtype):
             torch.testing.assert_close(param.double(), other.detach(), rtol=slack, atol=slack)
 
 
-@pytest.mark.parametrize("cls, extra", [(cls, {}) for cls in FAMILY] + [(cls, {"amsgrad": True}) for cls in ADAMS])
+@pytest.mark.parametrize(
+    "cls, extra", [(cls, {}) for cls in CLASSES] + [(cls, {"amsgrad": True}) for cls in taking("amsgrad")]
+)
 @either_precision
 @pytest.mark.parametrize("dtype", COMPLEX_DTYPES, ids=name_of)
 def test_complex_parameters_step_as_real_pairs(cls, extra, master_weights, dtype):

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from cases import every_class
+from family import MEMBERS
 from training import (
     PARAM,
     SHAPES,
@@ -13,8 +15,7 @@ from training import (
     clones,
     either_mode,
     either_precision,
-    every_adam,
-    every_class,
+    every_class_with_amsgrad,
     feed,
     name_of,
     thetas,
@@ -22,10 +23,8 @@ from training import (
     trained,
 )
 
-from xgrad_optim import XSGDM
 
-
-@every_adam
+@every_class_with_amsgrad
 @either_precision
 @either_mode
 def test_amsgrad_switched_on_starts_its_maximum_from_the_present_second_moment(cls, master_weights, predicted):
@@ -47,7 +46,7 @@ def test_amsgrad_switched_on_starts_its_maximum_from_the_present_second_moment(c
         assert_same(optimizer, params, twin, twin_params)
 
 
-@every_adam
+@every_class_with_amsgrad
 @either_precision
 @either_mode
 def test_amsgrad_switched_off_goes_on_with_the_second_moment(cls, master_weights, predicted):
@@ -116,7 +115,7 @@ def test_a_parameter_without_gradient_follows_a_switch_when_it_next_steps(cls, m
     theta, theta_hat = thetas(optimizer, params), clones(params)
     group = optimizer.param_groups[0]
     group["master_weights"] = not master_weights
-    if cls is not XSGDM:
+    if MEMBERS[cls].takes("amsgrad"):
         group["amsgrad"] = True
     feed(params, 3, skip=[1])
     optimizer.step()

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from cases import every_class
 from torch.optim import swa_utils
 from training import (
     assert_all_same_bits,
@@ -18,7 +19,6 @@ from training import (
     clones,
     either_mode,
     either_precision,
-    every_class,
     feed,
     name_of,
     our_warnings,
