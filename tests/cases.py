@@ -31,6 +31,9 @@ class Case:
         text = ",".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.optimizer.__name__}({text})"
 
+    def takes(self, *names: str) -> bool:
+        return self.member.takes(*names)
+
     def make(self, params, **more: Any) -> XGradOptimizer:
         return self.optimizer(params, **{**self.options, **more})
 

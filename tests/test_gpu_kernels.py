@@ -12,7 +12,8 @@ import ptxsim
 import pytest
 import torch
 from cuda_kernels import needs_compiler, needs_nvcc
-from random_launch import RULES, RandomLaunch, Variant, every_variant, random_launch, variants_for
+from family import RULES
+from random_launch import RandomLaunch, Variant, every_variant, random_launch, variants_for
 from simulation import bytes_moved, check_traffic
 from twins import needs_library, same_bits
 
