@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from cases import PLAIN
+from cases import every_class
 from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
 from xgrad_optim import available_backends, backends
-
-every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
 
 
 @pytest.fixture

@@ -12,16 +12,11 @@ import math
 import numpy
 import pytest
 import torch
-from cases import PLAIN
+from cases import every_class
+from family import CLASSES, FAMILY, taking
 from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
-
-FAMILY = tuple(case.optimizer for case in PLAIN)
-ADAMS = tuple(cls for cls in FAMILY if cls is not XSGDM)
-SGD_ONLY = (XSGDM,)
-
-every_class = pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
+from xgrad_optim import XAdaBelief, XAdam, XAdaM3, XAdamW
 
 NOT_A_NUMBER = (TypeError, "must be a real number")
 TWO_NUMBERS = torch.tensor([0.1, 0.2])
@@ -41,9 +36,12 @@ def _bad_flags(name):
     return [({name: value}, TypeError, f"{name} must be True or False") for value in wrong]
 
 
+NAMED = ("lr", "weight_decay", "dampening", "eps")
+OTHER_NUMBERS = dict.fromkeys(name for member in FAMILY for name in member.numbers if name not in NAMED)
+
 BAD_ARGUMENTS = [  # (classes, rows of (kwargs, error, text))
     (
-        FAMILY,
+        CLASSES,
         [
             *_bad_numbers("lr", "Invalid learning rate"),
             ({"lr": TWO_NUMBERS}, ValueError, "Tensor lr must be 1-element"),
@@ -71,19 +69,14 @@ BAD_ARGUMENTS = [  # (classes, rows of (kwargs, error, text))
             ({"backend": ["torch"]}, (TypeError, ValueError), "backend"),
         ],
     ),
+    (taking("dampening"), _bad_numbers("dampening", "Invalid dampening value", values=(math.nan, math.inf))),
+    (taking("eps"), _bad_numbers("eps", "Invalid epsilon value")),
+    *((taking(name), _bad_numbers(name, f"Invalid {name} value")) for name in OTHER_NUMBERS),
+    (taking("nesterov"), [*_bad_flags("nesterov"), ({"nesterov": True}, ValueError, "prediction_steps=momentum")]),
+    (taking("amsgrad"), _bad_flags("amsgrad")),
     (
-        SGD_ONLY,
+        taking("betas"),
         [
-            *_bad_numbers("momentum", "Invalid momentum value"),
-            *_bad_numbers("dampening", "Invalid dampening value", values=(math.nan, math.inf)),
-            *_bad_flags("nesterov"),
-            ({"nesterov": True}, ValueError, "prediction_steps=momentum"),
-        ],
-    ),
-    (
-        ADAMS,
-        [
-            *_bad_numbers("eps", "Invalid epsilon value"),
             ({"betas": 0.9}, TypeError, "betas must be a pair"),
             ({"betas": None}, TypeError, "betas must be a pair"),
             ({"betas": "ab"}, TypeError, "betas must be a pair"),
@@ -104,12 +97,15 @@ BAD_ARGUMENTS = [  # (classes, rows of (kwargs, error, text))
             ({"betas": (math.nan, 0.999)}, ValueError, "Invalid beta parameter at index 0: nan"),
             ({"betas": (torch.tensor(0.9), torch.tensor(1.5))}, ValueError, "Invalid beta parameter at index 1: 1.5"),
             ({"betas": (TWO_NUMBERS, torch.tensor(0.9))}, ValueError, "betas[0] must be 1-element"),
-            *_bad_flags("amsgrad"),
         ],
     ),
-    ((XAdam, XAdaBelief, XAdaM3), _bad_flags("decoupled_weight_decay")),
+    (taking("decoupled_weight_decay"), _bad_flags("decoupled_weight_decay")),
     # A momentum whose square is 0 would be divided by 0; the docstring says > 0.
-    ((XAdaM3,), [({"eps": 0.0}, ValueError, "Invalid epsilon value: 0.0")]),
+    *(
+        ((member.cls,), [({name: 0.0}, ValueError, "must be > 0")])
+        for member in FAMILY
+        for name in member.rule.positive_options
+    ),
 ]
 
 
@@ -186,29 +182,29 @@ def test_groups_of_another_optimizer_are_adopted_as_our_own(source, target):
 
 # -- options that change between steps -------------------------------------------------------------------------------
 
-BAD_LATER = [
-    (FAMILY, "lr", [math.nan, math.inf, "0.1", None, TWO_NUMBERS, torch.tensor(math.nan), 1j]),
-    (FAMILY, "weight_decay", [math.nan, "0.1"]),
-    (FAMILY, "prediction_steps", [math.nan, math.inf, None]),
-    (FAMILY, "maximize", ["yes", [0]]),
-    (FAMILY, "master_weights", ["no"]),
-    (FAMILY, "differentiable", [True]),
-    (FAMILY, "backend", ["cublas"]),
-    (FAMILY, "fused", ["yes"]),
-    (SGD_ONLY, "momentum", [math.nan, math.inf, "0.9"]),
-    (SGD_ONLY, "dampening", [math.nan, "0"]),
-    (SGD_ONLY, "nesterov", [True, 1]),
-    (ADAMS, "betas", [(1.0, 0.999), (0.9, 1.0), (0.9, 1.5), (0.9,), 0.9, (math.nan, 0.9), ("0.9", 0.9)]),
-    (ADAMS, "eps", [math.nan, "1e-8"]),
-    (ADAMS, "amsgrad", ["yes"]),
-    ((XAdam, XAdaBelief, XAdaM3), "decoupled_weight_decay", ["no"]),
-]
+BAD_LATER = {
+    "lr": [math.nan, math.inf, "0.1", None, TWO_NUMBERS, torch.tensor(math.nan), 1j],
+    "weight_decay": [math.nan, "0.1"],
+    "prediction_steps": [math.nan, math.inf, None],
+    "maximize": ["yes", [0]],
+    "master_weights": ["no"],
+    "differentiable": [True],
+    "backend": ["cublas"],
+    "fused": ["yes"],
+    "dampening": [math.nan, "0"],
+    "nesterov": [True, 1],
+    "betas": [(1.0, 0.999), (0.9, 1.0), (0.9, 1.5), (0.9,), 0.9, (math.nan, 0.9), ("0.9", 0.9)],
+    "eps": [math.nan, "1e-8"],
+    "amsgrad": ["yes"],
+    "decoupled_weight_decay": ["no"],
+    **{name: [math.nan, math.inf, "0.9"] for name in OTHER_NUMBERS},
+}
 
 
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "true"])
 @pytest.mark.parametrize(
     "cls, name, value",
-    [(cls, name, value) for classes, name, values in BAD_LATER for cls in classes for value in values],
+    [(cls, name, value) for name, values in BAD_LATER.items() for cls in taking(name) for value in values],
     ids=_id,
 )
 def test_what_cannot_be_computed_with_raises_in_step_and_changes_nothing(cls, name, value, predicted):

@@ -9,12 +9,10 @@ import itertools
 
 import pytest
 import torch
-from cases import PLAIN
+from cases import every_class
 from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
 from xgrad_optim import XAdamW
-
-every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
 
 
 @every_class
