@@ -81,8 +81,8 @@ class Member:
         return torch.optim.SGD if len(self.rule.state_keys) == 1 else torch.optim.AdamW
 
     def make_peer(self, params: Any, **options: Any) -> Optimizer:
-        """That class as a step of ours compares to: SGD with momentum, which is what has a buffer to move."""
-        return self.peer(params, **({"lr": 1e-3, "momentum": 0.9} if self.peer is torch.optim.SGD else {}), **options)
+        """That class as a step of ours compares to: SGD with momentum, which has a buffer to move."""
+        return self.peer(params, **({"momentum": 0.9} if self.peer is torch.optim.SGD else {}), **options)
 
     def make_base(self, params: Any, **options: Any) -> Optimizer:
         """`like` with our defaults."""
