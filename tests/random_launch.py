@@ -9,7 +9,7 @@ from family import RULES
 from torch import Tensor
 
 from xgrad_optim.backends import torch as torch_backend
-from xgrad_optim.launch import COLUMNS, NUMBERS, Tables
+from xgrad_optim.launch import NUMBERS, Tables, columns_of
 from xgrad_optim.numeric import COMPUTE_DTYPES
 from xgrad_optim.rule import Rule
 
@@ -111,8 +111,9 @@ class RandomLaunch:
         self.next_numbers = torch.arange(N_ROWS * n_numbers, dtype=torch.float64).view(N_ROWS, n_numbers)
         numels = [param.numel() for param in self.params]
         self.tables = tables = Tables(numels, self.row_of, self.chunk_size, self.variant.has_grad)
+        columns = columns_of(self.rule)
         for name, slot in {"param": self.params, **self.state}.items():
-            tables.table[:, COLUMNS[name]] = torch.tensor([tensor.data_ptr() for tensor in slot])
+            tables.table[:, columns[name]] = torch.tensor([tensor.data_ptr() for tensor in slot])
         numbers = [vector.data_ptr() * (index % 2) for index, vector in enumerate(self.numbers)]
         tables.table[:, NUMBERS] = torch.tensor(numbers)
         tables.grads[:] = torch.tensor([grad.data_ptr() for grad in self.grads], dtype=torch.int64)

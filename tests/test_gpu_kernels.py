@@ -17,7 +17,7 @@ from random_launch import RandomLaunch, Variant, every_variant, has_amsgrad, ran
 from simulation import bytes_moved, check_traffic
 from twins import needs_library, same_bits
 
-from xgrad_optim.launch import COLUMNS, NUMEL
+from xgrad_optim.launch import NUMEL, columns_of
 
 pytestmark = needs_library
 
@@ -171,7 +171,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(run, monkeypatch):
         if name == "grad":
             grads = torch.tensor([whole.data_ptr()])
         else:
-            table[0, COLUMNS[name]] = whole.data_ptr()
+            table[0, columns_of(launch.rule)[name]] = whole.data_ptr()
     chunks = torch.tensor([[0, 0], [0, last]], dtype=torch.int32)
     tables = {"table": table, "grads": grads, "chunks": chunks}
     tables |= {"rows": launch.rows, "next_numbers": launch.next_numbers}
