@@ -27,7 +27,11 @@ def _defaults(cls):
 
 BASES = {member.cls: member for member in FAMILY if member.is_base}
 FLAGS = {
-    cls: [name for name, default in _defaults(member.like).items() if default is None or isinstance(default, bool)]
+    cls: [
+        name
+        for name, default in _defaults(member.like).items()
+        if name not in member.lacks and (default is None or isinstance(default, bool))
+    ]
     for cls, member in BASES.items()
 }
 every_base = pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
