@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-interrupt", action="store_true", help="interrupt every visit of every line")
     parser.addoption("--all-variants", action="store_true", help="compile and simulate every kernel for every GPU")
     parser.addoption("--memory-rounds", type=int, default=600, help="rounds of each act in tests/test_memory.py")
-    parser.addoption("--stateful-examples", type=int, default=300, help="sequences of tests/test_stateful.py")
+    parser.addoption("--stateful-examples", type=int, default=2000, help="sequences of tests/test_stateful.py")
 
 
 @pytest.fixture

@@ -240,12 +240,15 @@ def test_a_bound_tensor_is_freed_with_its_optimizer():
 
 
 @needs_library
-def test_tensors_can_be_exchanged_where_modules_convert_by_exchanging_them():
-    """torch.utils.swap_tensors wants no reference but its own: nothing may stay bound between steps then."""
+@pytest.mark.parametrize("last", ["step", "eval"])
+def test_tensors_can_be_exchanged_where_modules_convert_by_exchanging_them(last):
+    """torch.utils.swap_tensors wants no reference but its own: nothing may stay bound between steps or swaps then."""
     twins = _warm()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         twins.step([torch.randn(5000)])
+        if last == "eval":
+            twins.do(lambda optimizer: optimizer.eval())
         for (param,) in twins.params.values():
             param.grad = None
             torch.utils.swap_tensors(param, torch.nn.Parameter(param.detach() + 1))

@@ -36,6 +36,12 @@ def step(model, optimizer):
     optimizer.step()
 
 
+def step_of_fewer(model, optimizer):
+    """Planned anew, since a gradient is missing."""
+    model[0].bias.grad = None
+    optimizer.step()
+
+
 def step_of_a_schedule(model, optimizer):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     optimizer.step()
@@ -74,6 +80,7 @@ def true_weights_by_a_stack(model, optimizer):
     ("act", "line"),
     [
         (step, 1),
+        (step_of_fewer, 3),
         (step_of_a_schedule, 2),
         (step_of_a_scaler, 1),
         (evaluate, 3),

@@ -1,7 +1,7 @@
 """Any sequence of what users do to an optimizer leaves the weights that the literal algorithm says, bit for bit.
 
 The oracle keeps theta and theta_hat of each parameter as two explicit copies (tests/oracle.py). `--stateful-examples N`
-runs more sequences than the few hundred of CI.
+runs other numbers of sequences than the thousands of CI.
 """
 
 import pytest

@@ -207,13 +207,11 @@ class Planner:
             self._begin(False)
         plan.run(None, scaling)
         self._end()
-        if len(plan.params) < len(self._known):
-            self._swaps = {}  # parameters that share a row of theirs are no longer in step
-        if len(plan.params) == len(self._known) and plan.is_sure and scaling is UNSCALED:
-            return True
-        if self.are_all_predicted:
-            return True
-        self.swap(groups, state, True, scaling, but=plan.params)
+        if len(plan.params) == len(self._known):
+            return (plan.is_sure and scaling is UNSCALED) or self.are_all_predicted
+        self._swaps = {}  # parameters that share a row of theirs are no longer in step
+        if not self.are_all_predicted:
+            self.swap(groups, state, True, scaling, but=plan.params)
         return self.are_all_predicted
 
     def _fits(self, plan: Plan, given: Active | None) -> bool:
@@ -233,7 +231,7 @@ class Planner:
     ) -> None:
         """Put theta_hat or theta into all parameters but these."""
         self._look(groups, state)
-        plan = None if but or isinstance(target, Tensor) else self._last_swap(target)
+        plan = None if isinstance(target, Tensor) else self._last_swap(target)
         if plan is None:
             plan = self._plan_swap(groups, state, target, set(but))
         if plan.params:

@@ -20,4 +20,4 @@ class FusedMachine(LateMachine):
 @pytest.mark.filterwarnings("ignore:.*have left the param groups:UserWarning")
 @pytest.mark.parametrize("machine", [LateMachine, FusedMachine])
 def test_any_sequence_leaves_the_weights_of_the_literal_algorithm(machine, request):
-    run_machine(machine, request.config.getoption("--stateful-examples") // 10)
+    run_machine(machine, request.config.getoption("--stateful-examples") // 20)
