@@ -5,7 +5,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERSIONS ?= 2.11.0 2.13.0 2.14.1
-BEHAVIOUR := $(addprefix tests/test_,reference.py numeric.py swap.py parity.py launch.py state.py step.py traps.py)
+BEHAVIOUR := $(addprefix tests/test_,reference.py numeric.py swap.py parity.py launch.py schedulers.py mode.py autograd.py \
+    foreign_writes.py training_loop.py distributed_one_process.py) $(wildcard tests/test_state_*.py tests/test_step_*.py)
 
 .PHONY: demo test test-versions test-clients lint docs mutants bench gpu gpu-report clean
 

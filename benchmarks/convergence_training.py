@@ -1,14 +1,16 @@
-"""What convergence.py trains: the tasks, the five pairs of optimizers, and one run of one of them."""
+"""What convergence.py trains: the tasks, the pairs of optimizers, and one run of one of them."""
 
 import dataclasses
 import hashlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal
 
@@ -18,7 +20,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the table of optimizers
+
+from family import FAMILY
+
 from xgrad_optim.optimizer import XGradOptimizer
 
 Variant = Literal["base", "x"]
@@ -44,12 +49,14 @@ class Pair:
 
 
 PAIRS = {
-    "sgdm": Pair({"base": "SGD", "x": "XSGDM"}, torch.optim.SGD, XSGDM, {"momentum": 0.9}),
-    "adam": Pair({"base": "Adam", "x": "XAdam"}, torch.optim.Adam, XAdam),
-    "adamw": Pair({"base": "AdamW", "x": "XAdamW"}, torch.optim.AdamW, XAdamW),
-    # torch has neither of these two: without prediction, the X class is the base.
-    "adabelief": Pair({"base": "AdaBelief", "x": "XAdaBelief"}, partial(XAdaBelief, prediction_steps=0), XAdaBelief),
-    "adam3": Pair({"base": "AdaM3", "x": "XAdaM3"}, partial(XAdaM3, prediction_steps=0), XAdaM3),
+    member.name.removeprefix("X").lower(): Pair(
+        {"base": member.base_name, "x": member.name},
+        # Where torch has no such optimizer, the X class without prediction is the base.
+        member.like if member.is_base else partial(member.cls, prediction_steps=0),
+        member.cls,
+        member.defaults,
+    )
+    for member in FAMILY
 }
 
 
@@ -179,6 +186,10 @@ class CharacterModel(nn.Module):
         return logits
 
 
+def _lr(task: str) -> dict[str, float]:
+    return {pair: member.lr[task] for pair, member in zip(PAIRS, FAMILY, strict=True)}
+
+
 TASKS = {
     "digits": Task(
         title="CNN on scikit-learn's handwritten digits",
@@ -186,7 +197,7 @@ TASKS = {
         model=digits_model,
         steps=400,
         batch_size=64,
-        lr={"sgdm": 0.03, "adam": 0.003, "adamw": 0.003, "adabelief": 0.003, "adam3": 0.003},
+        lr=_lr("digits"),
     ),
     "text": Task(
         title="character GRU on CPython's help texts",
@@ -194,7 +205,7 @@ TASKS = {
         model=CharacterModel,
         steps=400,
         batch_size=32,
-        lr={"sgdm": 1.0, "adam": 0.01, "adamw": 0.01, "adabelief": 0.01, "adam3": 0.001},
+        lr=_lr("text"),
     ),
 }
 

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # its helpers compile the kernels and read machine code
 
 import cuda_kernels  # noqa: E402
+from family import RULES  # noqa: E402
 from machine_code import ARCHITECTURES, REASON, MachineCode, kernels_of  # noqa: E402
-from random_launch import RULES, Variant, every_variant  # noqa: E402
+from random_launch import Variant, every_variant  # noqa: E402
 
 from xgrad_optim import backends  # noqa: E402
 from xgrad_optim.backends import build_cuda  # noqa: E402

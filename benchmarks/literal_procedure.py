@@ -3,7 +3,7 @@
 It is what the fused step is compared with, built of torch's own multi-tensor operations around any base optimizer.
 """
 
-import math
+from collections.abc import Callable
 
 import torch
 
@@ -14,12 +14,16 @@ class LiteralProcedure:
     """Before each step the weights come back from the copy; after it they are copied, and then moved ahead.
 
     One group, no amsgrad, prediction_steps 1.
+
+    Args:
+        move_ahead: `(params, states, group, step)` moves the weights along the direction of the state, as in
+            tests/family.py.
     """
 
-    def __init__(self, base: torch.optim.Optimizer) -> None:
+    def __init__(self, base: torch.optim.Optimizer, move_ahead: Callable[..., None]) -> None:
         assert not isinstance(base, XGradOptimizer) or base.param_groups[0]["prediction_steps"] == 0
         (self._group,) = base.param_groups
-        self._base, self._params = base, self._group["params"]
+        self._base, self._move_ahead, self._params = base, move_ahead, self._group["params"]
         self._cached: list[torch.Tensor] = []
         self._steps = 0
 
@@ -33,18 +37,5 @@ class LiteralProcedure:
             torch._foreach_copy_(self._cached, self._params)
         else:
             self._cached = [param.clone() for param in self._params]
-        self._predict()
-
-    def _predict(self) -> None:
         states = [self._base.state[param] for param in self._params]
-        lr, is_sgd = self._group["lr"], "momentum_buffer" in states[0]
-        if is_sgd:
-            torch._foreach_add_(self._params, [state["momentum_buffer"] for state in states], alpha=-lr)
-            return
-        beta1, beta2 = self._group["betas"]
-        denominators = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-        torch._foreach_mul_(denominators, 1 / math.sqrt(1 - beta2**self._steps))
-        if self._group.get("rule") != "adam3":
-            torch._foreach_add_(denominators, self._group["eps"])
-        moments = [state["exp_avg"] for state in states]
-        torch._foreach_addcdiv_(self._params, moments, denominators, value=-lr / (1 - beta1**self._steps))
+        self._move_ahead(self._params, states, self._group, self._steps)

@@ -28,12 +28,19 @@ from overhead_device import WORKLOADS as DEVICE_WORKLOADS
 from overhead_device import measure_device
 from overhead_thread import measure_small_models, measure_thread
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW, available_backends
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the table of optimizers
+
+from family import FAMILY
+
+from xgrad_optim import XAdamW, available_backends
+from xgrad_optim.optimizer import XGradOptimizer
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 RESULTS = Path(__file__).resolve().parent / "results"
 SECTIONS = ("step", "thread", "bf16", "small", "memory", "bandwidth")
 
+MEASURED = list({member.rule.name: member for member in FAMILY}.values())
+"""One optimizer of each rule."""
 
 WORKLOADS = {
     "gpt2-small": gpt2_shapes(768, 12),
@@ -51,35 +58,22 @@ class Contender:
     peer: str | None = None
 
 
-def adam_contenders() -> list[Contender]:
-    contenders = [
-        Contender("AdamW foreach", lambda params: torch.optim.AdamW(params, foreach=True), 28),
-        Contender("AdamW fused", lambda params: torch.optim.AdamW(params, fused=True), 28),
+def contenders(peer: type[torch.optim.Optimizer]) -> list[Contender]:
+    """This class of torch.optim, and of each rule that moves the same bytes one optimizer of ours."""
+    members = [member for member in MEASURED if member.peer is peer]
+    size, make_peer = members[0].bytes_per_element, members[0].make_peer
+    found = [
+        Contender(f"{peer.__name__} {how}", lambda params, how=how: make_peer(params, **{how: True}), size)
+        for how in ("foreach", "fused")
     ]
-    for backend, peer in our_backends().items():
-        for cls, steps in ((XAdamW, 1), (XAdamW, 0), (XAdaBelief, 1), (XAdaM3, 1)):
-            make: Make = lambda params, cls=cls, steps=steps, backend=backend: cls(  # noqa: E731
-                params, prediction_steps=steps, backend=backend
-            )
-            contenders.append(Contender(f"{cls.__name__} {backend} s={steps}", make, 28, f"AdamW {peer}"))
-    return contenders
-
-
-def sgd_contenders() -> list[Contender]:
-    def base(**how: bool) -> Make:
-        return lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, **how)
-
-    contenders = [
-        Contender("SGD foreach", base(foreach=True), 20),
-        Contender("SGD fused", base(fused=True), 20),
-    ]
-    for backend, peer in our_backends().items():
-        for steps in (1, 0):
-            make: Make = lambda params, steps=steps, backend=backend: XSGDM(  # noqa: E731
-                params, prediction_steps=steps, backend=backend
-            )
-            contenders.append(Contender(f"XSGDM {backend} s={steps}", make, 20, f"SGD {peer}"))
-    return contenders
+    for backend, how in our_backends().items():
+        for member in members:
+            for steps in (1, 0) if member.is_base else (1,):
+                make: Make = lambda params, cls=member.cls, steps=steps, backend=backend: cls(  # noqa: E731
+                    params, prediction_steps=steps, backend=backend
+                )
+                found.append(Contender(f"{member.name} {backend} s={steps}", make, size, f"{peer.__name__} {how}"))
+    return found
 
 
 def our_backends() -> dict[str, str]:
@@ -104,16 +98,18 @@ def compare(report: Report, title: str, contenders: list[Contender], make: Calla
         rate = contender.bytes_per_element * elements / (middle * 1e-3) / 1e9
         rows.append([contender.name, middle, low, high, ratio, contender.peer or "", rate])
     report.table(title, ["optimizer", "ms", "20 %", "80 %", "ratio", "to", "GB/s"], rows)
-    for rule in ("XAdamW", "XSGDM"):
+    for member in MEASURED:
         for backend in our_backends():
-            pair = [seconds.get(f"{rule} {backend} s={steps}") for steps in (1, 0)]
+            pair = [seconds.get(f"{member.name} {backend} s={steps}") for steps in (1, 0)]
             if all(pair):
-                print(f"{rule} {backend}: s=1 over s=0 {statistics.median(pair[0]) / statistics.median(pair[1]):.3f}")
+                predicting, plain = map(statistics.median, pair)
+                print(f"{member.name} {backend}: s=1 over s=0 {predicting / plain:.3f}")
 
 
 def section_step(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
-    compare(report, "a step, Adam family, float32", adam_contenders(), lambda: make_params(shapes), rounds)
-    compare(report, "a step, SGD with momentum, float32", sgd_contenders(), lambda: make_params(shapes), rounds)
+    for peer in dict.fromkeys(member.peer for member in reversed(MEASURED)):
+        title = f"a step beside {peer.__name__}, float32"
+        compare(report, title, contenders(peer), lambda: make_params(shapes), rounds)
 
 
 def section_bf16(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
@@ -182,7 +178,7 @@ def peak_bytes(name: str, shapes: list[tuple[int, ...]]) -> int:
     optimizer = MEMORY_CASES[name](params)
     for _ in range(3):
         optimizer.step()
-    if isinstance(optimizer, XAdam):
+    if isinstance(optimizer, XGradOptimizer):
         optimizer.eval()
         optimizer.train()
     return peak_resident() - before

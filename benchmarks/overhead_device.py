@@ -9,12 +9,13 @@ in the same run; rates and shares are of those bytes, also for a contender that 
 """
 
 import functools
+import inspect
 import math
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -22,7 +23,11 @@ import torch
 from literal_procedure import LiteralProcedure
 from measuring import Report, Shapes, cpu_name, gpt2_shapes, llama_shapes, make_params, resnet50_shapes
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW, available_backends
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the table of optimizers
+
+from family import FAMILY, Member
+
+from xgrad_optim import available_backends
 
 WORKLOADS: dict[str, Shapes] = {
     "resnet-50": resnet50_shapes(),
@@ -35,22 +40,7 @@ WARMUP = 3
 """Steps before the first one that counts: state, tables and compiled kernels come into being."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One optimizer of ours, torch.optim's own where it has it, and the bytes per float32 element that a step moves."""
-
-    ours: type[torch.optim.Optimizer]
-    base: Callable[..., torch.optim.Optimizer] | None
-    bytes_per_element: int
-
-
-FAMILIES = {
-    "SGDM": Family(XSGDM, functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9), 20),
-    "Adam": Family(XAdam, torch.optim.Adam, 28),
-    "AdamW": Family(XAdamW, torch.optim.AdamW, 28),
-    "AdaBelief": Family(XAdaBelief, None, 28),
-    "AdaM3": Family(XAdaM3, None, 28),
-}
+FAMILIES = {member.name.removeprefix("X"): member for member in FAMILY}
 
 Contender = Callable[[list[torch.Tensor]], "torch.optim.Optimizer | LiteralProcedure"]
 
@@ -61,20 +51,21 @@ def our_backends(device: str) -> list[str]:
     return [name for name in (("cpu",) if device == "cpu" else ("triton", "cuda")) if reasons[name] is None]
 
 
-def contenders(family: Family, device: str) -> Iterator[tuple[str, Contender]]:
+def contenders(member: Member, device: str) -> Iterator[tuple[str, Contender]]:
     """Base, ours without and with prediction, and the paper's procedure around the fastest base that there is."""
     backends = our_backends(device)
     base: Contender
-    if family.base is not None:
-        for how in ("fused", "foreach"):
-            yield f"torch {how}", functools.partial(family.base, **{how: True})
-        base = functools.partial(family.base, fused=True)
+    if member.is_base:
+        ways = [how for how in ("fused", "foreach") if how in inspect.signature(member.like).parameters]
+        for how in ways:
+            yield f"torch {how}", functools.partial(member.make_base, **{how: True})
+        base = functools.partial(member.make_base, **{ways[0]: True})
     else:
-        base = functools.partial(family.ours, prediction_steps=0, backend=backends[0] if backends else "torch")
+        base = functools.partial(member.cls, prediction_steps=0, backend=backends[0] if backends else "torch")
     for backend in backends:
         for steps in (0, 1):
-            yield f"{backend} s={steps}", functools.partial(family.ours, prediction_steps=steps, backend=backend)
-    yield "three passes", lambda params: LiteralProcedure(base(params))
+            yield f"{backend} s={steps}", functools.partial(member.cls, prediction_steps=steps, backend=backend)
+    yield "three passes", lambda params: LiteralProcedure(base(params), member.move_ahead)
 
 
 class CpuClock:
@@ -207,7 +198,7 @@ def measure_device(device: str, names: list[str], scale: float, rounds: int, out
 
 
 def measure_with(
-    clock: Clock, families: dict[str, Family], names: list[str], scale: float, rounds: int, out: Path, seconds: float
+    clock: Clock, families: dict[str, Member], names: list[str], scale: float, rounds: int, out: Path, seconds: float
 ) -> None:
     """Print a table for each workload; write all numbers as JSON lines, tables and a plot into `out`.
 

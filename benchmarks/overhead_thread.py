@@ -7,6 +7,7 @@ own, which stands still while another process has the processor.
 
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,17 +17,21 @@ import torch
 from measuring import Report, interleave, make_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the table of optimizers
+
+from family import FAMILY, MEMBERS, Member
+
+from xgrad_optim import XSGDM, XAdamW
 
 Optimizer = torch.optim.Optimizer
-FAMILY = (XSGDM, XAdam, XAdamW, XAdaBelief, XAdaM3)
 DTYPES = {
     "float32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False),
     "bfloat16, float32 master weights and state": (torch.bfloat16, True),
     "float16": (torch.float16, False),
 }
-OPERATORS = ("xgrad_optim::multi_tensor_cpu", "aten::_fused_adam_", "aten::_fused_adamw_", "aten::_fused_sgd_")
+OPERATORS = ("xgrad_optim::multi_tensor_cpu", "aten::_fused_")
+"""How the names of those begin that step all tensors at once."""
 SMALL = 256
 """Elements of each tensor of a small model."""
 
@@ -39,7 +44,7 @@ class _Watch(TorchDispatchMode):
         self.calls: list[Callable[[], object]] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.name() in OPERATORS:
+        if operator.name().startswith(OPERATORS):
             self.calls.append(functools.partial(operator, *args, **(kwargs or {})))
         return operator(*args, **(kwargs or {}))
 
@@ -55,13 +60,6 @@ def operator_of(optimizer: Optimizer) -> Callable[[], object]:
         optimizer.step()
     (call,) = watch.calls
     return call
-
-
-def base_of(cls: type[Optimizer]) -> tuple[str, Callable[..., Optimizer]]:
-    """torch's optimizer that moves the same bytes, and its name."""
-    if cls is XSGDM:
-        return "SGD", functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
-    return ("Adam", torch.optim.Adam) if cls is XAdam else ("AdamW", torch.optim.AdamW)
 
 
 def cache_bytes(level: int, default: int) -> int:
@@ -112,36 +110,36 @@ def measure_thread(report: Report, rounds: int, sizes: Mapping[str, int] | None 
     with one_thread():
         for title, (dtype, has_master) in DTYPES.items():
             rows: list[list[object]] = []
-            for cls in FAMILY:
-                name, base = base_of(cls)
-                row: list[object] = [cls.__name__, f"{name} float32" if has_master else name]
+            for member in FAMILY:
+                peer = member.peer.__name__
+                row: list[object] = [member.name, f"{peer} float32" if has_master else peer]
                 for n in sizes.values():
-                    measured = nanoseconds(_makers(cls, base, dtype, has_master), n, rounds)
+                    measured = nanoseconds(_makers(member, dtype, has_master), n, rounds)
                     ours = measured["s=1"]
                     row += [ours, ours / measured["fused"], ours / measured["s=0"]]
                 rows.append(row)
             report.table(f"the kernel on one thread, {title}", columns, rows)
 
 
-def _makers(
-    cls: type[Optimizer], base: Callable[..., Optimizer], dtype: torch.dtype, has_master: bool
-) -> dict[str, Callable[[int], Optimizer]]:
+def _makers(member: Member, dtype: torch.dtype, has_master: bool) -> dict[str, Callable[[int], Optimizer]]:
     def ours(steps: int) -> Callable[[int], Optimizer]:
         options = {"prediction_steps": steps, "backend": "cpu", "master_weights": has_master}
-        if dtype is torch.float16 and cls in (XAdaBelief, XAdaM3):
-            options["eps"] = 1e-7  # theirs is 0 in float16, of which they warn
-        return lambda n: cls(make_params([(n,)], dtype), **options)
+        if dtype is torch.float16:
+            options |= dict.fromkeys(member.rule.stored_options, 1e-7)  # the default is 0 there, of which we warn
+        return lambda n: member.cls(make_params([(n,)], dtype), **options)
 
-    base_dtype = torch.float32 if has_master else dtype
-    return {"fused": lambda n: base(make_params([(n,)], base_dtype), fused=True), "s=1": ours(1), "s=0": ours(0)}
+    def fused(n: int) -> Optimizer:
+        return member.make_peer(make_params([(n,)], torch.float32 if has_master else dtype), fused=True)
+
+    return {"fused": fused, "s=1": ours(1), "s=0": ours(0)}
 
 
 def measure_small_models(report: Report, backends: list[str], rounds: int) -> None:
-    """Whole steps, Python included, beside torch's default and its fused one."""
+    """Whole steps, Python included, which is the same for every rule, beside torch's default and its fused one."""
     counts = (1, 16, 64, 200)
     with one_thread():
         for cls in (XAdamW, XSGDM):
-            name, base = base_of(cls)
+            base, name = MEMBERS[cls].make_peer, MEMBERS[cls].peer.__name__
             makers = {f"{name} default": base, f"{name} fused": functools.partial(base, fused=True)}
             makers |= {f"{cls.__name__} {backend}": functools.partial(cls, backend=backend) for backend in backends}
             medians: dict[str, list[float]] = {name: [] for name in makers}

@@ -10,7 +10,9 @@ from xgrad_optim.backends.gpu import GpuRunner, Uploaded
 from xgrad_optim.kernels import rows
 from xgrad_optim.kernels.element import run_element
 from xgrad_optim.kernels.rules import RULES
-from xgrad_optim.launch import COLUMNS, LINE_LENGTH, NUMBERS, NUMEL, ROW, Launch
+from xgrad_optim.launch import LINE_LENGTH, MASTER_WEIGHTS, NUMBERS, NUMEL, ROW, Launch
+from xgrad_optim.launch import PARAM as _PARAM
+from xgrad_optim.launch import STATE as _STATE
 from xgrad_optim.numbers import DeviceNumbers, Numbers
 from xgrad_optim.numeric import COMPUTE_DTYPES
 from xgrad_optim.rule import STEP_COLUMNS, Rule
@@ -32,9 +34,9 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-PARAM_COLUMN = tl.constexpr(COLUMNS["param"])
-STATE_COLUMN = tl.constexpr(COLUMNS["exp_avg"])  # and exp_avg_sq and max_exp_avg_sq after it
-MASTER_WEIGHTS_COLUMN = tl.constexpr(COLUMNS["master_weights"])
+PARAM_COLUMN = tl.constexpr(_PARAM)
+STATE_COLUMN = tl.constexpr(_STATE)  # and the others after it, amsgrad's maximum last
+MASTER_WEIGHTS_COLUMN = tl.constexpr(MASTER_WEIGHTS)
 NUMEL_COLUMN = tl.constexpr(NUMEL)
 ROW_COLUMN = tl.constexpr(ROW)
 NUMBERS_COLUMN = tl.constexpr(NUMBERS)

@@ -1,13 +1,13 @@
-"""The optimizers and the configurations that every test of behaviour runs over."""
+"""The configurations of tests/family.py that every test of behaviour runs over, and a small training."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from family import CLASSES, FAMILY, MEMBERS, Member
 from reference import Reference
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 from xgrad_optim.optimizer import XGradOptimizer
 
 
@@ -16,13 +16,23 @@ class Case:
     """One optimizer in one configuration, with what to compare it to."""
 
     optimizer: type[XGradOptimizer]
-    rule: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def member(self) -> Member:
+        return MEMBERS[self.optimizer]
+
+    @property
+    def rule(self) -> str:
+        return self.optimizer.rule.name
 
     @property
     def id(self) -> str:
         text = ",".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.optimizer.__name__}({text})"
+
+    def takes(self, *names: str) -> bool:
+        return self.member.takes(*names)
 
     def make(self, params, **more: Any) -> XGradOptimizer:
         return self.optimizer(params, **{**self.options, **more})
@@ -34,27 +44,10 @@ class Case:
         return Reference(self.rule, thetas, dict(group), decoupled, **(rounding or {}))
 
 
-_FAMILY = {
-    (XSGDM, "sgdm"): ({}, {"momentum": 0}, {"dampening": 0.3, "weight_decay": 0.1}, {"maximize": True}),
-    (XAdam, "adam"): ({}, {"weight_decay": 0.1}, {"amsgrad": True, "betas": (0.8, 0.95)}, {"maximize": True}),
-    (XAdamW, "adam"): ({}, {"weight_decay": 0.1, "lr": 0.01}, {"amsgrad": True, "eps": 1e-4}, {"maximize": True}),
-    (XAdaBelief, "adabelief"): (
-        {},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "decoupled_weight_decay": False, "amsgrad": True},
-        {"maximize": True, "eps": 1e-8},
-    ),
-    (XAdaM3, "adam3"): (
-        {},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "decoupled_weight_decay": False, "amsgrad": True},
-        {"maximize": True, "eps": 1e-8},
-    ),
-}
+CASES = [Case(member.cls, options) for member in FAMILY for options in ({}, *member.configurations)]
+PLAIN = [Case(member.cls) for member in FAMILY]
 
-CASES = [Case(*family, options) for family, configurations in _FAMILY.items() for options in configurations]
-PLAIN = [Case(*family) for family in _FAMILY]
-
+every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_optimizer = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
 

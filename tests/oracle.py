@@ -71,8 +71,7 @@ class Oracle:
     def zero_momentum(self) -> None:
         """The first buffer is zeroed while the parameter holds theta: nothing is predicted from it."""
         assert self._reference is not None
-        key = "momentum_buffer" if self._case.rule == "sgdm" else "exp_avg"
-        self._reference.states[0][key] = np.zeros_like(self.theta)
+        self._reference.states[0][self._case.optimizer.rule.state_keys[0]] = np.zeros_like(self.theta)
         self._reference.deltas[0] = np.zeros_like(self.theta)
         self._theta_hat = self._write(self.theta)
 

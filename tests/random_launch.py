@@ -2,20 +2,16 @@
 
 import copy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
+from family import RULES
 from torch import Tensor
 
-from xgrad_optim.adabelief import ADABELIEF
-from xgrad_optim.adam import ADAM
-from xgrad_optim.adam3 import ADAM3
 from xgrad_optim.backends import torch as torch_backend
-from xgrad_optim.launch import COLUMNS, NUMBERS, Tables
+from xgrad_optim.launch import NUMBERS, Tables, columns_of
 from xgrad_optim.numeric import COMPUTE_DTYPES
 from xgrad_optim.rule import Rule
-from xgrad_optim.sgdm import SGDM
-
-RULES = {rule.name: rule for rule in (SGDM, ADAM, ADABELIEF, ADAM3)}
 
 N_ROWS = 7
 
@@ -44,13 +40,31 @@ class Variant:
 
     def operands(self) -> tuple[list[int], list[int]]:
         """Bytes of an element of each buffer that a run must load, and of each that it must store."""
-        n_states = len(RULES[self.rule].state_keys)
         param, state, master = (dtype.itemsize for dtype in (self.dtype, self.state_dtype, COMPUTE_DTYPES[self.dtype]))
         masters = [master] * self.has_master_weights
         if not self.has_grad:  # the running maximum stands in for the second moment
-            return [param, *[state] * n_states, *masters], [param, *masters]
+            return [param, *[state] * len(read_by_direction(RULES[self.rule])), *masters], [param, *masters]
         states = [state] * self.n_states
         return [param, param, *states, *masters], [param, *states, *masters]
+
+
+def has_amsgrad(rule: str) -> bool:
+    """Whether it has a second moment, whose running maximum may take its place."""
+    return "exp_avg_sq" in RULES[rule].state_keys
+
+
+def read_by_direction(rule: Rule) -> set[str]:
+    """The states of which a prediction is made."""
+    read = set()
+
+    class Reads(dict):
+        def __getitem__(self, key: str) -> Tensor:
+            read.add(key)
+            return super().__getitem__(key)
+
+    hyper = SimpleNamespace(**{name: torch.ones(()) for name in rule.direction_columns})
+    rule.direction(Reads({key: torch.ones(1) for key in rule.state_keys}), hyper, torch.empty(1))
+    return read
 
 
 def every_variant(rule: str) -> list[Variant]:
@@ -61,7 +75,7 @@ def every_variant(rule: str) -> list[Variant]:
         Variant(rule, dtype, state_dtype, has_grad, has_max, has_master)
         for dtype, state_dtype in pairs
         for has_grad in (False, True)
-        for has_max in ((False,) if rule == "sgdm" else (False, True))
+        for has_max in ((False, True) if has_amsgrad(rule) else (False,))
         for has_master in ((False, True) if state_dtype.itemsize >= 4 else (False,))
     ]
 
@@ -97,8 +111,9 @@ class RandomLaunch:
         self.next_numbers = torch.arange(N_ROWS * n_numbers, dtype=torch.float64).view(N_ROWS, n_numbers)
         numels = [param.numel() for param in self.params]
         self.tables = tables = Tables(numels, self.row_of, self.chunk_size, self.variant.has_grad)
+        columns = columns_of(self.rule)
         for name, slot in {"param": self.params, **self.state}.items():
-            tables.table[:, COLUMNS[name]] = torch.tensor([tensor.data_ptr() for tensor in slot])
+            tables.table[:, columns[name]] = torch.tensor([tensor.data_ptr() for tensor in slot])
         numbers = [vector.data_ptr() * (index % 2) for index, vector in enumerate(self.numbers)]
         tables.table[:, NUMBERS] = torch.tensor(numbers)
         tables.grads[:] = torch.tensor([grad.data_ptr() for grad in self.grads], dtype=torch.int64)

@@ -14,7 +14,7 @@ import ptxsim
 from random_launch import RandomLaunch
 from torch import Tensor
 
-from xgrad_optim.launch import COLUMNS, NUMBERS
+from xgrad_optim.launch import NUMBERS, columns_of
 
 GAP = 256
 """Bytes between buffers; also the alignment that is kept, as much as any allocator gives."""
@@ -27,9 +27,10 @@ class Arena:
         self.memory = ptxsim.Memory()
         self._written: list[tuple[Tensor, numpy.ndarray]] = []
         table, grads = launch.tables.table.clone(), launch.tables.grads.clone()
+        columns = columns_of(launch.rule)
         for name, slot in {"param": launch.params, **launch.state}.items():
             for index, tensor in enumerate(slot):
-                table[index, COLUMNS[name]] = self._add(f"{name} {index}", tensor)
+                table[index, columns[name]] = self._add(f"{name} {index}", tensor)
         for index, vector in enumerate(launch.numbers):
             if table[index, NUMBERS]:
                 table[index, NUMBERS] = self._add(f"numbers {index}", vector)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3
+from cases import every_class
+from family import MEMBERS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -21,13 +21,13 @@ def _overhead(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
 
 
-@pytest.mark.parametrize("optimizer", [XSGDM, XAdam, XAdaBelief, XAdaM3])
-def test_the_literal_procedure_computes_what_our_step_does(optimizer):
+@every_class
+def test_the_literal_procedure_computes_what_our_step_does(cls):
     start = [torch.randn(5, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
     ours, literal = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
     steps = (
-        optimizer(ours, lr=0.01).step,
-        LiteralProcedure(optimizer(literal, lr=0.01, prediction_steps=0)).step,
+        cls(ours, lr=0.01).step,
+        LiteralProcedure(cls(literal, lr=0.01, prediction_steps=0), MEMBERS[cls].move_ahead).step,
     )
     for _ in range(4):
         for param, other in zip(ours, literal, strict=True):

@@ -3,14 +3,15 @@
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+from cases import every_class
+from family import CLASSES, MEMBERS
 from twins import needs_library, same_bits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from measuring import Report
-from overhead_thread import DTYPES, FAMILY, base_of, measure_small_models, measure_thread, operator_of
+from overhead_thread import DTYPES, measure_small_models, measure_thread, operator_of
 
 
 def _optimizer(make) -> torch.optim.Optimizer:
@@ -21,11 +22,10 @@ def _optimizer(make) -> torch.optim.Optimizer:
 
 
 @needs_library
-@pytest.mark.parametrize("cls", FAMILY)
+@every_class
 def test_the_operator_does_what_the_step_did(cls):
-    name, base = base_of(cls)
-    assert name == base([torch.zeros(1)]).__class__.__name__
-    for make in (lambda params: cls(params, backend="cpu"), lambda params: base(params, fused=True)):
+    make_peer = MEMBERS[cls].make_peer
+    for make in (lambda params: cls(params, backend="cpu"), lambda params: make_peer(params, fused=True)):
         optimizer, other = _optimizer(make), _optimizer(make)
         operator = operator_of(optimizer)
         for _ in range(3):
@@ -42,7 +42,7 @@ def test_tables_of_every_optimizer_and_dtype():
     report = Report("a machine")
     measure_thread(report, 1, {"tiny": 4096})
     kernels = report.rows
-    assert [row["optimizer"] for row in kernels] == [cls.__name__ for cls in FAMILY] * len(DTYPES)
+    assert [row["optimizer"] for row in kernels] == [cls.__name__ for cls in CLASSES] * len(DTYPES)
     assert len({row["table"] for row in kernels}) == len(DTYPES)
     report = Report("a machine")
     measure_small_models(report, ["cpu"], 1)

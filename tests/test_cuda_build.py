@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_kernels import STRUCTS, needs_nvcc
-from random_launch import RULES
+from family import RULES
 
 from xgrad_optim import XAdamW, backends
 from xgrad_optim.backends import build, build_cuda

@@ -9,8 +9,9 @@ import re
 import pytest
 import torch
 from cuda_kernels import compiled, needs_nvcc, ptx_of, rows_symbol_of, symbol_of
+from family import RULES
 from machine_code import ARCHITECTURES, REASON, kernels_of
-from random_launch import RULES, every_variant
+from random_launch import every_variant
 
 pytestmark = [needs_nvcc, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 

@@ -12,7 +12,7 @@ import ptxsim
 import pytest
 import torch
 from cuda_kernels import needs_compiler, needs_nvcc
-from random_launch import RULES
+from family import RULES
 from twins import needs_library
 
 from xgrad_optim.launch import LINE_LENGTH, NUMBERS

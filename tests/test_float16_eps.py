@@ -1,7 +1,7 @@
 """Pure float16 state that can't hold the eps which is added to it: said once, with the two ways out.
 
-Else updates are divided by next to nothing, and weights blow up within a few steps. Adam adds its eps to the root, in
-float32, and is silent.
+Else updates are divided by next to nothing, and weights blow up within a few steps. An eps that is added to the root
+alone, as Adam's, is added in float32, and nothing is said.
 """
 
 import copy
@@ -9,14 +9,12 @@ import warnings
 
 import pytest
 import torch
-from cases import PLAIN
-
-from xgrad_optim import XAdaBelief, XAdam, XAdaM3, XAdamW
+from cases import every_optimizer
+from family import taking
 
 pytestmark = pytest.mark.filterwarnings("error")
-every_case = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
-STORES_EPS = (XAdaBelief, XAdaM3)
-every_storing = pytest.mark.parametrize("cls", STORES_EPS, ids=lambda cls: cls.__name__)
+STORING = [cls for cls in taking("eps") if "eps" in cls.rule.stored_options]
+every_storing = pytest.mark.parametrize("cls", STORING, ids=lambda cls: cls.__name__)
 
 
 def param_of(dtype, scale=1.0):
@@ -43,9 +41,10 @@ def test_a_lost_eps_warns_once(cls, options, backend):
     assert len(record) == 1
 
 
-def test_an_eps_of_zero_is_lost_as_well():
+@pytest.mark.parametrize("cls", [cls for cls in STORING if "eps" not in cls.rule.positive_options])
+def test_an_eps_of_zero_is_lost_as_well(cls):
     with pytest.warns(UserWarning, match=r"eps=0.0 is 0 in float16"):
-        XAdaBelief([param_of(torch.float16)], eps=0.0).step()
+        cls([param_of(torch.float16)], eps=0.0).step()
 
 
 @every_storing
@@ -69,20 +68,20 @@ def test_a_warning_that_raises_changes_nothing(cls):
     assert not any(optimizer.state.values())
 
 
-@every_case
+@every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_hold_it(case, dtype):
     case.make([param_of(dtype)]).step()
 
 
-@every_case
+@every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_master_weights_hold_it(case, dtype):
     case.make([param_of(dtype)], master_weights=True).step()
 
 
-@pytest.mark.parametrize("cls", [XAdam, XAdamW])
-def test_adam_adds_it_in_float32(cls):
+@pytest.mark.parametrize("cls", [cls for cls in taking("eps") if cls not in STORING])
+def test_the_others_add_it_in_float32(cls):
     cls([param_of(torch.float16)]).step()
 
 

@@ -12,11 +12,12 @@ import ptxsim
 import pytest
 import torch
 from cuda_kernels import needs_compiler, needs_nvcc
-from random_launch import RULES, RandomLaunch, Variant, every_variant, random_launch, variants_for
+from family import FAMILY, RULES
+from random_launch import RandomLaunch, Variant, every_variant, has_amsgrad, random_launch, variants_for
 from simulation import bytes_moved, check_traffic
 from twins import needs_library, same_bits
 
-from xgrad_optim.launch import COLUMNS, NUMEL
+from xgrad_optim.launch import NUMEL, columns_of
 
 pytestmark = needs_library
 
@@ -82,7 +83,7 @@ def test_odd_chunks(rule, run, chunk_size):
 
 @either_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", ["sgdm", "adam"])
+@pytest.mark.parametrize("rule", {len(rule.state_keys): name for name, rule in RULES.items()}.values())
 def test_every_misalignment_of_every_buffer(rule, dtype, run):
     """Each buffer in turn lies at each odd address; an access of 16 bytes would fault there."""
     variant = Variant(rule, dtype, dtype, has_grad=True)
@@ -104,7 +105,7 @@ SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e
 def test_special_numbers(rule, dtype, run):
     """NaN stays in its element, infinities and subnormals take the same way in both, in whole blocks and in tails."""
     numbers = torch.cartesian_prod(SPECIAL, SPECIAL).repeat(11, 1).to(dtype)
-    for has_max in (False, rule != "sgdm"):
+    for has_max in (False, has_amsgrad(rule)):
         launch = random_launch(Variant(rule, dtype, dtype, True, has_max), (len(numbers),) * 7, chunk_size=2048)
         for index in range(7):  # one for each row
             others = iter(range(1, 9))
@@ -133,11 +134,9 @@ def test_every_16_bit_number_and_tie_is_converted_alike(dtype, run):
     check(run, launch)
 
 
+FLOAT32_BYTES = {member.rule.name: member.bytes_per_element for member in FAMILY}
 BYTES = [
-    (Variant("sgdm", torch.float32, torch.float32, True), 20),
-    (Variant("adam", torch.float32, torch.float32, True), 28),
-    (Variant("adabelief", torch.float32, torch.float32, True), 28),
-    (Variant("adam3", torch.float32, torch.float32, True), 28),
+    *((Variant(rule, torch.float32, torch.float32, True), bytes_) for rule, bytes_ in FLOAT32_BYTES.items()),
     (Variant("adam", torch.float32, torch.float32, True, has_max_exp_avg_sq=True), 36),
     (Variant("adam", torch.float64, torch.float64, True), 56),
     (Variant("adam", torch.bfloat16, torch.bfloat16, True), 14),
@@ -172,7 +171,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(run, monkeypatch):
         if name == "grad":
             grads = torch.tensor([whole.data_ptr()])
         else:
-            table[0, COLUMNS[name]] = whole.data_ptr()
+            table[0, columns_of(launch.rule)[name]] = whole.data_ptr()
     chunks = torch.tensor([[0, 0], [0, last]], dtype=torch.int32)
     tables = {"table": table, "grads": grads, "chunks": chunks}
     tables |= {"rows": launch.rows, "next_numbers": launch.next_numbers}

@@ -1,11 +1,13 @@
-"""How the code is built: modules import downwards only, a step is three frames deep, files stay readable."""
+"""How the code is built: modules import downwards only, a step is three frames deep, test files stay readable."""
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
+from family import CLASSES
 from twins import needs_library, runs
 
 import xgrad_optim
@@ -13,7 +15,8 @@ import xgrad_optim
 PACKAGE = Path(xgrad_optim.__file__).resolve().parent
 TESTS = Path(__file__).resolve().parent
 
-LAYERS = (  # from the bottom; a module imports from layers below its own
+OPTIMIZERS = {cls.__module__.removeprefix("xgrad_optim.") for cls in CLASSES}
+LAYERS = (  # from the bottom; a module imports from layers below its own, an optimizer from another one too
     {"rule", "layout", "notes", "switch", "covers", "recorders", "backends.build"},
     {"numeric", "backends", "backends.build_cuda", "hooks"},
     {"options", "attach"},
@@ -24,8 +27,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     {"backends.cuda", "plan"},
     {"checkpoint"},
     {"optimizer"},
-    {"sgdm", "adam"},
-    {"adabelief", "adam3"},
+    OPTIMIZERS,
     {""},
     {"__main__"},
 )
@@ -57,7 +59,15 @@ def _imports(node: ast.AST) -> set[str]:
 def test_imports_run_downwards(path):
     module = _module(path)
     upwards = {name for name in _imports(ast.parse(path.read_text())) if LEVELS[name] >= LEVELS[module]}
+    if module in OPTIMIZERS:
+        upwards -= OPTIMIZERS
     assert not upwards, f"{module} imports {upwards}"
+
+
+def test_no_optimizers_import_each_other_in_a_circle():
+    imports = {name: _imports(ast.parse((PACKAGE / f"{name}.py").read_text())) & OPTIMIZERS for name in OPTIMIZERS}
+    assert imports["adabelief"] == {"adam"}
+    TopologicalSorter(imports).prepare()  # raises CycleError
 
 
 @needs_library
@@ -88,8 +98,14 @@ def _test_files() -> list[Path]:
     return sorted(TESTS.rglob("test_*.py"))
 
 
+@pytest.mark.parametrize("path", _test_files(), ids=lambda path: path.stem)
+def test_no_test_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
 def test_no_test_imports_from_a_test():
     for path in _test_files():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert not (node.module or "").rpartition(".")[2].startswith("test_"), path
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(module.rpartition(".")[2].startswith("test_") for module in modules), path

@@ -4,6 +4,7 @@ A row that is shared by tensors of different step counts, or a launch that outli
 with wrong numbers and says nothing. No kernel runs here: launches are looked at, not executed, where possible.
 """
 
+import dataclasses
 import weakref
 
 import pytest
@@ -53,6 +54,18 @@ def test_groups_share_one_launch_and_dtypes_do_not():
     assert column(single, "decay_factor") == pytest.approx([0.999, 1.0, 0.99999])
     assert column(single, "grad_factor") == [1.0, -1.0, 1.0]
     assert column(single, "shift_prev") == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("keys", [("a", "b", "c", "d"), ("exp_avg", "exp_avg_sq", "c")], ids=["4", "3 and amsgrad"])
+def test_kernels_refuse_a_rule_with_more_states_than_a_line_has_room_for(keys):
+    (param,) = params_of((3,))
+    optimizer = XAdam([param])
+    set_gradients([param])
+    optimizer.step()
+    (launch,) = launches(optimizer)
+    assert launch.why_no_kernel(("cpu",)) is None
+    launch.rule = dataclasses.replace(launch.rule, state_keys=keys)
+    assert f"has {len(keys)} states, it has room for {len(keys) - 1}" in launch.why_no_kernel(("cpu",))
 
 
 def test_skipped_gradients_still_make_one_launch_and_get_rows_of_their_own():

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from family import CLASSES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twins import REASON, needs_library, same_bits
 
-from xgrad_optim import XSGDM, XAdamW
 from xgrad_optim import launch as launch_module
 from xgrad_optim.backends import build
 
@@ -113,7 +113,7 @@ def _carve(storage: torch.Tensor, start: int, plan) -> tuple[torch.Tensor, int]:
     plans=st.lists(_shapes(), min_size=1, max_size=6),
     gaps=st.lists(st.integers(0, 5), min_size=6, max_size=6),
     dtype=st.sampled_from(list(ITEMS)),
-    make=st.sampled_from([XSGDM, XAdamW]),
+    make=st.sampled_from(CLASSES),
     master=st.booleans(),
     chunk=st.sampled_from([3, 16, 64, 1 << 14]),
     transposed=st.booleans(),

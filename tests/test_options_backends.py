@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from cases import PLAIN
-from snapshots import assert_unchanged, filled, message_of, snapshot, trained
+from cases import every_class
+from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
 from xgrad_optim import available_backends, backends
-
-every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
 
 
 @pytest.fixture
@@ -35,7 +33,7 @@ def test_fused_without_any_native_backend_raises_and_names_each_reason(cls, no_n
 
 @every_class
 def test_a_group_that_demands_an_absent_backend_is_not_added(cls, no_native_backend):
-    optimizer, _ = trained(cls)
+    optimizer, _ = trained_in_two_groups(cls)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="no cuda on this machine"):
         optimizer.add_param_group({"params": [filled(2)], "backend": "cuda"})
@@ -44,7 +42,7 @@ def test_a_group_that_demands_an_absent_backend_is_not_added(cls, no_native_back
 
 @every_class
 def test_a_group_that_is_moved_to_an_absent_backend_raises_in_step_and_changes_nothing(cls, no_native_backend):
-    optimizer, _ = trained(cls)
+    optimizer, _ = trained_in_two_groups(cls)
     optimizer.param_groups[1]["backend"] = "cuda"
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="no cuda on this machine"):
@@ -55,8 +53,8 @@ def test_a_group_that_is_moved_to_an_absent_backend_raises_in_step_and_changes_n
 @every_class
 @pytest.mark.parametrize("kwargs", [{"backend": "torch"}, {"foreach": True}, {"fused": False}], ids=str)
 def test_the_torch_backend_can_always_be_demanded(cls, kwargs, no_native_backend):
-    _, params = trained(cls, **kwargs)
-    _, expected = trained(cls)
+    _, params = trained_in_two_groups(cls, **kwargs)
+    _, expected = trained_in_two_groups(cls)
     assert all(map(torch.equal, params, expected))
 
 

@@ -12,16 +12,11 @@ import math
 import numpy
 import pytest
 import torch
-from cases import PLAIN
-from snapshots import assert_unchanged, filled, message_of, snapshot, trained
+from cases import every_class
+from family import CLASSES, FAMILY, taking
+from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
-
-FAMILY = tuple(case.optimizer for case in PLAIN)
-ADAMS = tuple(cls for cls in FAMILY if cls is not XSGDM)
-SGD_ONLY = (XSGDM,)
-
-every_class = pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
+from xgrad_optim import XAdaBelief, XAdam, XAdaM3, XAdamW
 
 NOT_A_NUMBER = (TypeError, "must be a real number")
 TWO_NUMBERS = torch.tensor([0.1, 0.2])
@@ -41,9 +36,12 @@ def _bad_flags(name):
     return [({name: value}, TypeError, f"{name} must be True or False") for value in wrong]
 
 
+NAMED = ("lr", "weight_decay", "dampening", "eps")
+OTHER_NUMBERS = dict.fromkeys(name for member in FAMILY for name in member.numbers if name not in NAMED)
+
 BAD_ARGUMENTS = [  # (classes, rows of (kwargs, error, text))
     (
-        FAMILY,
+        CLASSES,
         [
             *_bad_numbers("lr", "Invalid learning rate"),
             ({"lr": TWO_NUMBERS}, ValueError, "Tensor lr must be 1-element"),
@@ -71,19 +69,14 @@ BAD_ARGUMENTS = [  # (classes, rows of (kwargs, error, text))
             ({"backend": ["torch"]}, (TypeError, ValueError), "backend"),
         ],
     ),
+    (taking("dampening"), _bad_numbers("dampening", "Invalid dampening value", values=(math.nan, math.inf))),
+    (taking("eps"), _bad_numbers("eps", "Invalid epsilon value")),
+    *((taking(name), _bad_numbers(name, f"Invalid {name} value")) for name in OTHER_NUMBERS),
+    (taking("nesterov"), [*_bad_flags("nesterov"), ({"nesterov": True}, ValueError, "prediction_steps=momentum")]),
+    (taking("amsgrad"), _bad_flags("amsgrad")),
     (
-        SGD_ONLY,
+        taking("betas"),
         [
-            *_bad_numbers("momentum", "Invalid momentum value"),
-            *_bad_numbers("dampening", "Invalid dampening value", values=(math.nan, math.inf)),
-            *_bad_flags("nesterov"),
-            ({"nesterov": True}, ValueError, "prediction_steps=momentum"),
-        ],
-    ),
-    (
-        ADAMS,
-        [
-            *_bad_numbers("eps", "Invalid epsilon value"),
             ({"betas": 0.9}, TypeError, "betas must be a pair"),
             ({"betas": None}, TypeError, "betas must be a pair"),
             ({"betas": "ab"}, TypeError, "betas must be a pair"),
@@ -104,12 +97,15 @@ BAD_ARGUMENTS = [  # (classes, rows of (kwargs, error, text))
             ({"betas": (math.nan, 0.999)}, ValueError, "Invalid beta parameter at index 0: nan"),
             ({"betas": (torch.tensor(0.9), torch.tensor(1.5))}, ValueError, "Invalid beta parameter at index 1: 1.5"),
             ({"betas": (TWO_NUMBERS, torch.tensor(0.9))}, ValueError, "betas[0] must be 1-element"),
-            *_bad_flags("amsgrad"),
         ],
     ),
-    ((XAdam, XAdaBelief, XAdaM3), _bad_flags("decoupled_weight_decay")),
+    (taking("decoupled_weight_decay"), _bad_flags("decoupled_weight_decay")),
     # A momentum whose square is 0 would be divided by 0; the docstring says > 0.
-    ((XAdaM3,), [({"eps": 0.0}, ValueError, "Invalid epsilon value: 0.0")]),
+    *(
+        ((member.cls,), [({name: 0.0}, ValueError, "must be > 0")])
+        for member in FAMILY
+        for name in member.rule.positive_options
+    ),
 ]
 
 
@@ -139,7 +135,7 @@ def test_a_bad_argument_is_refused_wherever_it_is_set_and_changes_nothing(cls, k
     assert text in message_of(lambda: cls([param], **kwargs), error)
     assert text in message_of(lambda: cls([{"params": [filled(2)]}, {"params": [param], **kwargs}]), error)
     assert torch.equal(param, before)
-    optimizer, _ = trained(cls)
+    optimizer, _ = trained_in_two_groups(cls)
     before = snapshot(optimizer)
     assert text in message_of(lambda: optimizer.add_param_group({"params": [filled(2)], **kwargs}), error)
     assert_unchanged(optimizer, before)
@@ -175,7 +171,7 @@ def test_a_group_cannot_turn_xadamw_into_xadam():
 @pytest.mark.parametrize("source, target", [(XAdam, XAdaBelief), (XAdaM3, XAdam), (XAdam, XAdamW)], ids=_id)
 def test_groups_of_another_optimizer_are_adopted_as_our_own(source, target):
     """`XAdaBelief(xadam.param_groups)` must not save files that say "adam" and cannot be loaded again."""
-    optimizer, params = trained(source)
+    optimizer, params = trained_in_two_groups(source)
     adopted = target([dict(group) for group in optimizer.param_groups])
     adopted.step()
     fresh = target([{"params": [param]} for param in params])
@@ -186,34 +182,34 @@ def test_groups_of_another_optimizer_are_adopted_as_our_own(source, target):
 
 # -- options that change between steps -------------------------------------------------------------------------------
 
-BAD_LATER = [
-    (FAMILY, "lr", [math.nan, math.inf, "0.1", None, TWO_NUMBERS, torch.tensor(math.nan), 1j]),
-    (FAMILY, "weight_decay", [math.nan, "0.1"]),
-    (FAMILY, "prediction_steps", [math.nan, math.inf, None]),
-    (FAMILY, "maximize", ["yes", [0]]),
-    (FAMILY, "master_weights", ["no"]),
-    (FAMILY, "differentiable", [True]),
-    (FAMILY, "backend", ["cublas"]),
-    (FAMILY, "fused", ["yes"]),
-    (SGD_ONLY, "momentum", [math.nan, math.inf, "0.9"]),
-    (SGD_ONLY, "dampening", [math.nan, "0"]),
-    (SGD_ONLY, "nesterov", [True, 1]),
-    (ADAMS, "betas", [(1.0, 0.999), (0.9, 1.0), (0.9, 1.5), (0.9,), 0.9, (math.nan, 0.9), ("0.9", 0.9)]),
-    (ADAMS, "eps", [math.nan, "1e-8"]),
-    (ADAMS, "amsgrad", ["yes"]),
-    ((XAdam, XAdaBelief, XAdaM3), "decoupled_weight_decay", ["no"]),
-]
+BAD_LATER = {
+    "lr": [math.nan, math.inf, "0.1", None, TWO_NUMBERS, torch.tensor(math.nan), 1j],
+    "weight_decay": [math.nan, "0.1"],
+    "prediction_steps": [math.nan, math.inf, None],
+    "maximize": ["yes", [0]],
+    "master_weights": ["no"],
+    "differentiable": [True],
+    "backend": ["cublas"],
+    "fused": ["yes"],
+    "dampening": [math.nan, "0"],
+    "nesterov": [True, 1],
+    "betas": [(1.0, 0.999), (0.9, 1.0), (0.9, 1.5), (0.9,), 0.9, (math.nan, 0.9), ("0.9", 0.9)],
+    "eps": [math.nan, "1e-8"],
+    "amsgrad": ["yes"],
+    "decoupled_weight_decay": ["no"],
+    **{name: [math.nan, math.inf, "0.9"] for name in OTHER_NUMBERS},
+}
 
 
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "true"])
 @pytest.mark.parametrize(
     "cls, name, value",
-    [(cls, name, value) for classes, name, values in BAD_LATER for cls in classes for value in values],
+    [(cls, name, value) for name, values in BAD_LATER.items() for cls in taking(name) for value in values],
     ids=_id,
 )
 def test_what_cannot_be_computed_with_raises_in_step_and_changes_nothing(cls, name, value, predicted):
-    optimizer, params = trained(cls)
-    undisturbed, expected = trained(cls)
+    optimizer, params = trained_in_two_groups(cls)
+    undisturbed, expected = trained_in_two_groups(cls)
     for each in (optimizer, undisturbed):
         each.train(predicted)
     good = optimizer.param_groups[1][name]
@@ -232,7 +228,7 @@ def test_what_cannot_be_computed_with_raises_in_step_and_changes_nothing(cls, na
 
 @every_class
 def test_a_tensor_lr_that_becomes_nan_in_place_raises_in_step_and_changes_nothing(cls):
-    optimizer, params = trained(cls, lr=torch.tensor(0.1))
+    optimizer, params = trained_in_two_groups(cls, lr=torch.tensor(0.1))
     before = [param.detach().clone() for param in params]
     optimizer.param_groups[0]["lr"].fill_(math.nan)
     with pytest.raises(ValueError, match="Invalid learning rate: nan"):

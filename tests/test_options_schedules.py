@@ -7,14 +7,11 @@ import copy
 
 import pytest
 import torch
-from cases import PLAIN
-from snapshots import filled
+from cases import every_class
+from family import FAMILY, MEMBERS, taking
+from training import filled
 
-from xgrad_optim import XSGDM, XAdam, XAdamW
-
-BASES = {XSGDM: torch.optim.SGD, XAdam: torch.optim.Adam, XAdamW: torch.optim.AdamW}
-every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
-every_base = pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
+from xgrad_optim import XAdam, XAdamW
 
 lr_scheduler = torch.optim.lr_scheduler
 ENDS_BELOW_0 = {
@@ -57,28 +54,37 @@ def test_a_schedule_that_ends_below_0_goes_on_and_resumes(cls, name, backend, lr
     assert torch.equal(param, resumed)
 
 
+SET_BY_HAND = {
+    "lr": [-1e-3, 0, True],
+    "weight_decay": [-0.1, -1e-20],
+    "momentum": [-0.1, 1.5],
+    "dampening": [2, -3.0],
+    "betas": [[0.5, 0.9], (-0.1, 0.9), torch.tensor([0.5, 0.9])],
+    "eps": [-1e-9, 1],
+    "maximize": [True, 1, None],
+    "decoupled_weight_decay": [True, 1],
+    "foreach": [False, 0],
+}
+OTHER_NUMBERS = dict.fromkeys(name for member in FAMILY for name in member.numbers if name not in SET_BY_HAND)
+SET_BY_HAND |= {name: [0.5] for name in OTHER_NUMBERS}
 SET_BY_HAND = [
-    ((XSGDM, XAdam, XAdamW), "lr", [-1e-3, 0, True]),
-    ((XSGDM, XAdam, XAdamW), "weight_decay", [-0.1, -1e-20]),
-    ((XSGDM,), "momentum", [-0.1, 1.5]),
-    ((XSGDM,), "dampening", [2, -3.0]),
-    ((XAdam, XAdamW), "betas", [[0.5, 0.9], (-0.1, 0.9), torch.tensor([0.5, 0.9])]),
-    ((XAdam, XAdamW), "eps", [-1e-9, 1]),
-    ((XSGDM, XAdam, XAdamW), "maximize", [True, 1, None]),
-    ((XAdam,), "decoupled_weight_decay", [True, 1]),
-    ((XSGDM, XAdam, XAdamW), "foreach", [False, 0]),
+    (member.cls, name, value)
+    for member in FAMILY
+    if member.is_base
+    for name, values in SET_BY_HAND.items()
+    if member.takes(name)
+    for value in values
 ]
-SET_BY_HAND = [(cls, name, value) for classes, name, values in SET_BY_HAND for cls in classes for value in values]
 
 
 @pytest.mark.parametrize("predicts", [False, True], ids=["base", "predicting"])
 @pytest.mark.parametrize("cls, name, value", SET_BY_HAND, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_an_option_that_is_set_by_hand_is_obeyed_as_by_torch_optim(cls, name, value, predicts):
     ours, theirs = filled(5), filled(5)
-    more = {"momentum": 0.9} if cls is XSGDM else {}
+    make_base = MEMBERS[cls].make_base
     optimizers = [
-        (cls([ours], lr=0.01, weight_decay=0.1, prediction_steps=2.0 if predicts else 0.0, **more), ours),
-        (BASES[cls]([theirs], lr=0.01, weight_decay=0.1, **more), theirs),
+        (cls([ours], lr=0.01, weight_decay=0.1, prediction_steps=2.0 if predicts else 0.0), ours),
+        (make_base([theirs], lr=0.01, weight_decay=0.1), theirs),
     ]
     for optimizer, param in optimizers:
         for seed in range(4):
@@ -91,7 +97,7 @@ def test_an_option_that_is_set_by_hand_is_obeyed_as_by_torch_optim(cls, name, va
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN if case.optimizer is not XSGDM])
+@pytest.mark.parametrize("cls", taking("betas"))
 @pytest.mark.parametrize("betas", [[0.9, 0.99], torch.tensor([0.9, 0.99])], ids=["list", "tensor"])
 def test_schedules_that_move_betas(cls, betas):
     """Tensors are moved in place."""

@@ -9,12 +9,10 @@ import itertools
 
 import pytest
 import torch
-from cases import PLAIN
-from snapshots import assert_unchanged, filled, message_of, snapshot, trained
+from cases import every_class
+from training import assert_unchanged, filled, message_of, snapshot, trained_in_two_groups
 
 from xgrad_optim import XAdamW
-
-every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
 
 
 @every_class
@@ -32,7 +30,7 @@ def test_a_parameter_twice_in_one_group_raises(cls, wrap):
 
 @every_class
 def test_a_parameter_in_two_groups_raises(cls):
-    optimizer, params = trained(cls)
+    optimizer, params = trained_in_two_groups(cls)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": [filled(2), params[0]]})
@@ -68,7 +66,7 @@ BAD_GROUPS = [
 @every_class
 @pytest.mark.parametrize("group, error, text", BAD_GROUPS, ids=[row[2] for row in BAD_GROUPS])
 def test_a_refused_group_adds_nothing(cls, group, error, text):
-    optimizer, _ = trained(cls)
+    optimizer, _ = trained_in_two_groups(cls)
     before = snapshot(optimizer)
     group = dict(group) if isinstance(group, dict) else group
     assert text in message_of(lambda: optimizer.add_param_group(group), error)
@@ -121,7 +119,7 @@ def test_a_slip_is_told_what_to_pass(name):
 def test_a_slip_in_a_group_is_told_too_and_adds_nothing(name):
     make, text = SLIPS[name]
     assert text in message_of(lambda: XAdamW([{"params": make()}]), TypeError)
-    optimizer, _ = trained(XAdamW)
+    optimizer, _ = trained_in_two_groups(XAdamW)
     before = snapshot(optimizer)
     assert text in message_of(lambda: optimizer.add_param_group({"params": make()}), TypeError)
     assert_unchanged(optimizer, before)

@@ -1,7 +1,7 @@
 """prediction_steps=0 is the base optimizer, and XSGDM one momentum ahead is Nesterov momentum.
 
-Recorded gradients, not training, which would amplify a last bit into a difference that hides bugs. torch.optim has
-neither AdaBelief nor AdaM3: they are compared with the literal optimizers of reference.py.
+Recorded gradients, not training, which would amplify a last bit into a difference that hides bugs. What torch.optim
+lacks, AdaBelief and AdaM3, is compared with the literal optimizers of reference.py, as are the others.
 """
 
 import numpy as np
@@ -9,10 +9,9 @@ import pytest
 import torch
 from cases import CASES, every_case, loss_of, small_model, train_step
 
-from xgrad_optim import XSGDM, XAdam, XAdamW
+from xgrad_optim import XSGDM
 
-BASES = {XSGDM: torch.optim.SGD, XAdam: torch.optim.Adam, XAdamW: torch.optim.AdamW}
-WITH_TORCH_BASE = [case for case in CASES if case.optimizer in BASES]
+WITH_TORCH_BASE = [case for case in CASES if case.member.is_base]
 
 
 def recorded_gradients(steps: int, shapes: list[tuple[int, ...]]):
@@ -29,10 +28,7 @@ def test_no_prediction_equals_torch_optim_over_200_steps(case, master_weights):
     ours = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
     theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
     optimizer = case.make(ours, prediction_steps=0, master_weights=master_weights)
-    base_options = dict(case.options)
-    if case.optimizer is XSGDM:
-        base_options.setdefault("momentum", 0.9)
-    base = BASES[case.optimizer](theirs, **base_options)
+    base = case.member.make_base(theirs, **case.options)
     for grads in recorded_gradients(200, shapes):
         for our, their, grad in zip(ours, theirs, grads, strict=True):
             our.grad, their.grad = grad.clone(), grad.clone()

@@ -2,7 +2,7 @@
 weights and the optimizer inside of backward.
 
 Each of them reads or writes parameters, or steps at another time than usual, and each has a way to get theta_hat where
-theta is meant. (Averages by AveragedModel are in test_traps.py.)
+theta is meant. (Averages by AveragedModel are in test_training_loop.py.)
 """
 
 import copy

@@ -9,10 +9,9 @@ that the reference and the code share.
 import numpy as np
 import pytest
 import torch
-from cases import every_case, every_optimizer, loss_of, small_model, train_step
+from cases import every_case, every_class, every_optimizer, loss_of, small_model, train_step
+from family import MEMBERS
 from reference import algorithm_1
-
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 
 STEPS = 30
 
@@ -94,31 +93,12 @@ def test_first_step_starts_from_the_true_weights(case):
     assert not optimizer.predicted
 
 
-# theta_0 = 1; the gradients are 0.5 and then -0.25. Everything below is worked out by hand, in exact fractions where
-# there are any: m_1 = 0.05, m_2 = 0.9 * 0.05 + 0.1 * -0.25 = 0.02; bias corrections 0.1 and 0.19, 0.001 and 0.001999.
-HAND = {
-    # buf: 0.5, then 0.9 * 0.5 - 0.25 = 0.2.  theta: 1 - 0.05 = 0.95, then 0.95 - 0.02 = 0.93.  hat: 0.90, 0.91
-    XSGDM: ({"momentum": 0.9}, [(0.95, 0.90), (0.93, 0.91)]),
-    # v: 0.00025, then 0.00024975 + 0.0000625 = 0.00031225.  delta: 0.05/0.1 / 0.5 = 1, so step 0.1 * 1
-    # delta_2 * step_size = 0.1 * (0.02 / 0.19) / sqrt(0.00031225 / 0.001999) = 0.1 * 0.10526316 / 0.39522500
-    XAdam: ({}, [(0.9, 0.8), (0.9 - 0.02663373, 0.9 - 2 * 0.02663373)]),
-    # the same with theta first multiplied by 1 - 0.1 * 0.5 = 0.95: 0.95 - 0.1 = 0.85, then 0.8075 - 0.02663373
-    XAdamW: ({"weight_decay": 0.5}, [(0.85, 0.75), (0.8075 - 0.02663373, 0.8075 - 2 * 0.02663373)]),
-    # surprise 0.45: v = 0.001 * 0.2025 = 0.0002025, root of v / 0.001 is 0.45; step 0.1 * 0.5 / 0.45 = 0.11111111
-    # surprise -0.27: v = 0.0002022975 + 0.0000729 = 0.0002751975; / 0.001999 = 0.13766758, root 0.37103582
-    XAdaBelief: ({}, [(1 - 1 / 9, 1 - 2 / 9), (8 / 9 - 0.02837008, 8 / 9 - 2 * 0.02837008)]),
-    # v = 0.001 * 0.0025 = 0.0000025, root of v / 0.001 is 0.05; step 0.1 * 0.5 / 0.05 = 1
-    # v = 0.0000024975 + 0.0000004 = 0.0000028975; / 0.001999 = 0.00144947474, root 0.03807196; 0.010526316 / that
-    XAdaM3: ({}, [(0.0, -1.0), (-0.27648473, -2 * 0.27648473)]),
-}
-
-
-@pytest.mark.parametrize("optimizer_class", HAND, ids=lambda cls: cls.__name__)
+@every_class
 @pytest.mark.parametrize("master_weights", [False, True])
-def test_two_steps_by_hand(optimizer_class, master_weights):
-    options, expected = HAND[optimizer_class]
+def test_two_steps_by_hand(cls, master_weights):
+    options, expected = MEMBERS[cls].by_hand
     param = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = optimizer_class([param], lr=0.1, master_weights=master_weights, **options)
+    optimizer = cls([param], lr=0.1, master_weights=master_weights, **options)
     for grad, (theta, theta_hat) in zip((0.5, -0.25), expected, strict=True):
         param.grad = torch.full_like(param, grad)
         optimizer.step()

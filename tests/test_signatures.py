@@ -8,20 +8,12 @@ import inspect
 from typing import get_type_hints
 
 import pytest
-import torch
-from cases import PLAIN
-from snapshots import filled
+from cases import every_class
+from family import FAMILY, MEMBERS
+from training import filled
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
 from xgrad_optim.rule import COMMON, Common
 
-BASES = {
-    XSGDM: torch.optim.SGD,
-    XAdam: torch.optim.Adam,
-    XAdamW: torch.optim.AdamW,
-    XAdaBelief: torch.optim.Adam,
-    XAdaM3: torch.optim.Adam,
-}
 OWN_DEFAULTS = {
     "prediction_steps": 1.0,
     "master_weights": False,
@@ -32,7 +24,6 @@ OWN_DEFAULTS = {
     "differentiable": False,
     "fused": None,
 }
-every_class = pytest.mark.parametrize("cls", [case.optimizer for case in PLAIN], ids=lambda cls: cls.__name__)
 
 
 def _arguments(cls, kind):
@@ -42,12 +33,10 @@ def _arguments(cls, kind):
 
 @every_class
 def test_positional_arguments_are_those_of_torch_optim(cls):
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    expected = _arguments(BASES[cls], kind)
-    if cls is XSGDM:
-        expected["momentum"] = 0.9
-    if cls in (XAdaBelief, XAdaM3):
-        expected["eps"] = 1e-16
+    kind, member = inspect.Parameter.POSITIONAL_OR_KEYWORD, MEMBERS[cls]
+    theirs = _arguments(member.like, kind)
+    expected = {name: theirs[name] for name in theirs if name not in (*member.lacks, *OWN_DEFAULTS)}
+    expected |= member.defaults
     assert list(_arguments(cls, kind).items()) == list(expected.items())
     optimizer = cls([filled(2)], *list(expected.values())[1:])
     assert {name: optimizer.defaults[name] for name in list(expected)[1:]} == dict(list(expected.items())[1:])
@@ -55,17 +44,14 @@ def test_positional_arguments_are_those_of_torch_optim(cls):
 
 @every_class
 def test_keyword_arguments_and_their_defaults(cls):
-    expected = dict(OWN_DEFAULTS)
-    if cls is XAdam or cls in (XAdaBelief, XAdaM3):
-        expected["decoupled_weight_decay"] = cls is not XAdam
-    assert _arguments(cls, inspect.Parameter.KEYWORD_ONLY) == expected
+    assert _arguments(cls, inspect.Parameter.KEYWORD_ONLY) == OWN_DEFAULTS | MEMBERS[cls].keywords
     assert not _arguments(cls, inspect.Parameter.VAR_KEYWORD)
     assert inspect.signature(cls.__init__).parameters.keys() == {"self", *inspect.signature(cls).parameters}
 
 
 @every_class
 def test_every_keyword_of_torch_optim_is_taken(cls):
-    theirs = _arguments(BASES[cls], inspect.Parameter.KEYWORD_ONLY)
+    theirs = _arguments(MEMBERS[cls].like, inspect.Parameter.KEYWORD_ONLY)
     optimizer = cls([filled(2)], **theirs)
     assert {name: optimizer.defaults[name] for name in theirs} == theirs
 
@@ -99,7 +85,7 @@ def test_an_argument_cannot_be_given_twice(cls, name):
         cls([filled(2)], 0.1, *([0.1] * 9), **{name: 0.1})
 
 
-@pytest.mark.parametrize("cls", [XSGDM, XAdam, XAdaBelief, XAdaM3], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [m.cls for m in FAMILY if not m.cls.fixed_options], ids=lambda cls: cls.__name__)
 def test_defaults_make_another_optimizer(cls):
     """Wrappers do this, and torch.optim's SGD and Adam can."""
     optimizer = cls([filled(2)], lr=0.5)
@@ -118,4 +104,4 @@ def test_every_argument_is_documented_once(cls):
 @every_class
 def test_weight_decay_is_coupled_or_decoupled_as_in_the_base(cls):
     group = cls([filled(2)]).param_groups[0]
-    assert group.get("decoupled_weight_decay", False) == (cls in (XAdamW, XAdaBelief, XAdaM3))
+    assert group.get("decoupled_weight_decay", False) == MEMBERS[cls].is_decoupled

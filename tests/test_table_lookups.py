@@ -10,7 +10,8 @@ from collections import defaultdict
 import pytest
 import torch
 from cuda_kernels import needs_nvcc, ptx_of, symbol_of
-from random_launch import RULES, Variant
+from family import RULES
+from random_launch import Variant
 
 triton_kernels = pytest.importorskip("triton_kernels", reason="the Triton kernels need the package triton")
 

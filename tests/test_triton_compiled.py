@@ -11,8 +11,9 @@ import ptxsim
 import pytest
 
 pytest.importorskip("triton", reason="the Triton back end needs the package triton")
+from family import RULES
 from machine_code import ARCHITECTURES, REASON, kernels_of, usage_of
-from random_launch import RULES, variants_for
+from random_launch import variants_for
 from triton_kernels import compile_rows, compile_step, constants_of, multi_tensor
 
 from xgrad_optim.numeric import COMPUTE_DTYPES

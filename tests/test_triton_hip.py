@@ -5,7 +5,8 @@ Nothing runs them: no simulator of ours knows that machine code.
 
 import pytest
 import torch
-from random_launch import RULES, Variant
+from family import RULES
+from random_launch import Variant
 
 triton_kernels = pytest.importorskip("triton_kernels", reason="the Triton kernels need the package triton")
 

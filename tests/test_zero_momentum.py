@@ -13,10 +13,10 @@ import cuda_kernels
 import pytest
 import torch
 from cases import every_optimizer
-from random_launch import RULES, RandomLaunch, Variant, random_launch
+from family import FAMILY, MEMBERS, RULES, taking
+from random_launch import RandomLaunch, Variant, has_amsgrad, random_launch
 from twins import needs_library, same_bits
 
-from xgrad_optim import XAdaBelief, XAdam, XAdaM3, XAdamW
 from xgrad_optim.backends import cpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 def launch_with_zeros(rule, dtype, has_grad, has_max=False, has_master=False) -> RandomLaunch:
     """Every pair of special numbers as momentum and second moment, twice: the second time with a parameter of -0.0,
     which shows the sign of a displacement, and without a gradient. Rows have an eps and have none."""
-    has_max = has_max and rule != "sgdm"
+    has_max = has_max and has_amsgrad(rule)
     state_dtype = torch.float32 if has_master and dtype.itemsize == 2 else dtype
     launch = random_launch(Variant(rule, dtype, state_dtype, has_grad, has_max, has_master), (77,) * 7, 64)
     momenta, second_moments = torch.tensor([(m, v) for m in MOMENTA for v in SECOND_MOMENTS]).repeat(2, 1).T
@@ -149,17 +149,19 @@ def grown(case, at_theta: bool, dtype=torch.float32, **options) -> torch.Tensor:
     ids=str,
 )
 def test_rows_that_join_with_zero_state_stay_finite(case, at_theta, backend, options):
-    allowed = case.make([torch.zeros(1)]).defaults
-    options = {name: value for name, value in options.items() if name in (*allowed, "dtype")}
-    if case.optimizer is XAdaM3:
-        options.pop("eps", None)  # must not be 0 there
+    forbidden = case.optimizer.rule.positive_options
+    options = {
+        name: value
+        for name, value in options.items()
+        if name == "dtype" or (case.takes(name) and not (name in forbidden and value == 0))
+    }
     if backend == "cpu" and cpu.unavailable() is not None:
         pytest.skip("no native library")
     theta = grown(case, at_theta, backend=backend, **options)
     assert theta.isfinite().all()
 
 
-@pytest.mark.parametrize("cls, base", [(XAdam, torch.optim.Adam), (XAdamW, torch.optim.AdamW)])
+@pytest.mark.parametrize("cls, base", [(cls, MEMBERS[cls].base) for cls in taking("eps") if MEMBERS[cls].base])
 def test_an_update_by_zero_over_zero_is_what_torch_optim_makes_of_it(cls, base):
     ours, theirs = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
     optimizers = cls([ours], eps=0.0), base([theirs], eps=0.0)
@@ -172,7 +174,7 @@ def test_an_update_by_zero_over_zero_is_what_torch_optim_makes_of_it(cls, base):
         optimizers[0].train()
 
 
-@pytest.mark.parametrize("cls", [XAdaBelief, XAdaM3])
+@pytest.mark.parametrize("cls", [member.cls for member in FAMILY if "eps" in member.rule.stored_options])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_elements_without_a_gradient_never_move(cls, dtype):
     param = torch.nn.Parameter(torch.ones(5, dtype=dtype))

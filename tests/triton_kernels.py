@@ -9,7 +9,8 @@ import ptxsim
 import torch
 import triton
 import triton.language as tl
-from random_launch import RULES, RandomLaunch, Variant
+from family import RULES
+from random_launch import RandomLaunch, Variant
 from simulation import simulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

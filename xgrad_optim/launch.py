@@ -20,18 +20,14 @@ CHUNK, GPU_CHUNK = 1 << 14, 1 << 12
 CHUNK_COST = 128
 """What it costs to begin a chunk, in elements; it keeps thousands of tiny tensors from counting as no work."""
 
-COLUMNS = {
-    "param": 0,
-    "momentum_buffer": 1,
-    "exp_avg": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 3,
-    "master_weights": 4,
-}
-"""Where the address of each buffer stands in a tensor's line of the table (csrc/launch.h)."""
+PARAM, STATE, MAX_EXP_AVG_SQ, MASTER_WEIGHTS, NUMEL, ROW, NUMBERS, LINE_LENGTH = 0, 1, 3, 4, 5, 6, 7, 8
+"""The columns of a tensor's line of the table, and how many there are (csrc/launch.h). The states begin at STATE."""
 
-NUMEL, ROW, NUMBERS, LINE_LENGTH = 5, 6, 7, 8
-"""The columns after them, and how many there are."""
+
+def columns_of(rule: Rule) -> dict[str, int]:
+    """Where the address of each buffer stands in a tensor's line of the table."""
+    columns = {"param": PARAM, "max_exp_avg_sq": MAX_EXP_AVG_SQ, "master_weights": MASTER_WEIGHTS}
+    return columns | {key: STATE + index for index, key in enumerate(rule.state_keys)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +62,8 @@ class Tables:
     """A Launch as tables on the CPU, which is what native back ends read.
 
     Attributes:
-        table: int64 `[n_tensors, LINE_LENGTH]`: addresses by `COLUMNS`, the number of real elements, the row, and the
-            address of the numbers where the kernel is to write them. The reader of addresses fills in these.
+        table: int64 `[n_tensors, LINE_LENGTH]`: addresses by `columns_of`, the number of real elements, the row, and
+            the address of the numbers where the kernel is to write them. The reader of addresses fills in these.
         grads: int64 `[n_tensors]`, addresses; empty for a swap.
         chunks: int32 `[n_chunks, 2]`: tensor, and index of the chunk in it. An empty tensor has one, too.
         chunk_size: elements of a chunk, the last one of a tensor may have fewer.
@@ -153,6 +149,9 @@ class Launch:
         """Why a kernel over addresses, on devices of these types, can't run this launch; None where it can."""
         if self.device.type not in device_types:
             return f"parameters are on {self.device}, it runs on {' and '.join(device_types)}"
+        room = (MAX_EXP_AVG_SQ if "exp_avg_sq" in self.rule.state_keys else MASTER_WEIGHTS) - STATE
+        if len(self.rule.state_keys) > room:
+            return f"the rule {self.rule.name} has {len(self.rule.state_keys)} states, it has room for {room}"
         if self.state_dtype not in (self.dtype, self.compute_dtype):
             return f"it does not combine parameters of {self.dtype} with state of {self.state_dtype}"
         for tensor in chain(self.params, *self.state.values()):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from xgrad_optim import backends
-from xgrad_optim.rule import Options, Rule
+from xgrad_optim.rule import BETAS, Options, Rule
 
 EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiable")
 """Which code runs, not what it computes: these belong to the machine, so a checkpoint does not change them."""
@@ -27,17 +27,10 @@ SWITCHES = (*FLAGS, "foreach", "fused", "backend")
 ROUNDING = 1e-12
 """How far below 0 rounding may leave a schedule that ends at 0."""
 
-NUMBERS = {
-    "lr": ("learning rate", -ROUNDING),
-    "momentum": ("momentum value", -ROUNDING),
-    "dampening": ("dampening value", -math.inf),
-    "eps": ("epsilon value", 0.0),
-    "weight_decay": ("weight_decay value", -ROUNDING),
-    "prediction_steps": ("prediction_steps value", -ROUNDING),
-}
-"""The words of torch.optim's errors, and the least value that a user may set. Numbers are read anew at every step."""
+TITLES = {"lr": "learning rate", "eps": "epsilon value"}
+"""The words of torch.optim's errors; any other number is "<name> value"."""
 
-BETAS = ("beta parameter at index 0", "beta parameter at index 1")
+BETAS_TITLES = ("beta parameter at index 0", "beta parameter at index 1")
 
 
 def checked_options(rule: Rule, options: Options, *, check_ranges: bool = True) -> dict[str, Any]:
@@ -51,19 +44,20 @@ def checked_options(rule: Rule, options: Options, *, check_ranges: bool = True) 
             that contradicts another one.
     """
     kept = dict(options)
-    for name, (title, least) in NUMBERS.items():
+    for name in rule.number_options:
         if name in options:
+            title = _title(name)
             value = number(name, title, options[name])
             kept[name] = _kept(options[name], value)
-            if check_ranges and value is not None and value < least:
+            if check_ranges and value is not None and value < _least(rule, name):
                 raise ValueError(f"Invalid {title}: {value} ({name} must be >= 0)")
             if check_ranges and value == 0 and name in rule.positive_options:
                 raise ValueError(f"Invalid {title}: {value} ({name} must be > 0)")
     if "betas" in options:
         betas = _pair(options["betas"])
-        values = [number(f"betas[{index}]", title, betas[index]) for index, title in enumerate(BETAS)]
+        values = [number(f"betas[{index}]", title, betas[index]) for index, title in enumerate(BETAS_TITLES)]
         kept["betas"] = tuple(map(_kept, betas, values))
-        for title, value in zip(BETAS, values, strict=True):
+        for title, value in zip(BETAS_TITLES, values, strict=True):
             if check_ranges and value is not None and not 0.0 <= value < 1.0:
                 raise ValueError(f"Invalid {title}: {value} (betas must be in [0, 1))")
     for name in FLAGS:
@@ -76,19 +70,28 @@ def checked_options(rule: Rule, options: Options, *, check_ranges: bool = True) 
     return kept
 
 
-def hyperparameters(options: Options) -> dict[str, float | Tensor]:
+def hyperparameters(rule: Rule, options: Options) -> dict[str, float | Tensor]:
     """The numbers by the names that rules have for them: as floats, or the tensor of one that lives on a device."""
-    found = {name: _known(name, NUMBERS[name][0], options[name]) for name in NUMBERS if name in options}
+    found = {name: _known(name, options[name]) for name in rule.number_options if name in options}
     if "betas" in options:
-        betas = map(_known, ("betas[0]", "betas[1]"), BETAS, _pair(options["betas"]))
-        found |= zip(("beta1", "beta2"), betas, strict=True)
+        betas = map(_known, ("betas[0]", "betas[1]"), _pair(options["betas"]), BETAS_TITLES)
+        found |= zip(BETAS, betas, strict=True)
     return found
 
 
-def _known(name: str, title: str, value: Any) -> float | Tensor:
+def _title(name: str) -> str:
+    return TITLES.get(name, f"{name} value")
+
+
+def _least(rule: Rule, name: str) -> float:
+    """The least value that a user may set; no schedule moves eps."""
+    return -math.inf if name in rule.signed_options else 0.0 if name == "eps" else -ROUNDING
+
+
+def _known(name: str, value: Any, title: str | None = None) -> float | Tensor:
     if type(value) is float and value - value == 0.0:  # neither inf nor NaN, as nearly all are
         return value
-    known = number(name, title, value)
+    known = number(name, title or _title(name), value)
     return value if known is None else known
 
 

@@ -147,7 +147,7 @@ def _coefficients(rule: Rule, options: Mapping[str, float], step: int) -> dict[s
 
 def of_group(rule: Rule, options: Options) -> dict[str, Any]:
     """What a param group says of each option of a row."""
-    values = hyperparameters(options)
+    values = hyperparameters(rule, options)
     values |= {name: float(options.get(name, False)) for name in ("decoupled_weight_decay", "maximize")}
     return {name: values.get(name, 0.0) for name in (*rule.options, *GROUP_OPTIONS)}
 

@@ -18,6 +18,9 @@ Blocks = Mapping[str, Tensor]
 Hyper = SimpleNamespace
 """One row of coefficients by column name: 0-dim tensors of the compute type, which torch takes faster than numbers."""
 
+BETAS = ("beta1", "beta2")
+"""What a rule calls the two numbers of a param group's "betas"."""
+
 COMMON_OPTIONS = (
     "weight_decay",
     "decoupled_weight_decay",
@@ -45,6 +48,7 @@ class Rule:
         required_state: keys without which a loaded state can't go on; torch.optim.SGD keeps no "step", for one.
         required_options: hyperparameters without which a loaded param group is another optimizer's.
         positive_options: those that may not be 0.
+        signed_options: those that may be negative.
         options: hyperparameters that `coefficients` reads; `betas` are "beta1" and "beta2" here.
         stored_options: those that `accumulate` adds to the state, whose dtype may round them to 0.
         accumulate_columns: coefficients of `accumulate`.
@@ -65,6 +69,7 @@ class Rule:
     accumulate: Callable[[Tensor, Blocks, Hyper, Tensor], None]
     direction: Callable[[Blocks, Hyper, Tensor], Tensor]
     positive_options: tuple[str, ...] = ()
+    signed_options: tuple[str, ...] = ()
     stored_options: tuple[str, ...] = ()
 
     @cached_property
@@ -77,6 +82,11 @@ class Rule:
     def all_options(self) -> tuple[str, ...]:
         """Everything that a row is made of, in the order that the kernels read."""
         return self.options + COMMON_OPTIONS
+
+    @cached_property
+    def number_options(self) -> tuple[str, ...]:
+        """Hyperparameters that are one number each: a param group has those of BETAS as a pair, "betas"."""
+        return (*(name for name in self.options if name not in BETAS), "weight_decay", "prediction_steps")
 
     @cached_property
     def number_keys(self) -> tuple[str, ...]:

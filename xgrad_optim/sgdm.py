@@ -47,6 +47,7 @@ SGDM = Rule(
     coefficients=coefficients,
     accumulate=accumulate,
     direction=direction,
+    signed_options=("dampening",),
 )
 
 

@@ -7,10 +7,10 @@ test is about.
 
 import pytest
 import torch
-from cases import small_model
+from cases import every_class, small_model
 from watch import Watch, equal, weights_in_mode
 
-from xgrad_optim import XSGDM, XAdamW
+from xgrad_optim import XAdamW
 
 pytest.importorskip("accelerate", reason="needs accelerate: make test-clients")
 from accelerate import Accelerator
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings("default:::accelerate")
 X = torch.randn(64, 5, generator=torch.Generator().manual_seed(3))
 Y = torch.randn(64, 3, generator=torch.Generator().manual_seed(4))
 either_precision = pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-either_optimizer = pytest.mark.parametrize("make", [XAdamW, XSGDM])
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +71,11 @@ class Run:
             return self.loss(X, Y).item()
 
 
-@either_optimizer
+@every_class
 @either_precision
 @pytest.mark.parametrize("attaches_first", [True, False], ids=["attach, prepare", "prepare, attach"])
-def test_training_forwards_see_theta_hat_and_evaluations_theta(make, mixed_precision, attaches_first):
-    run = Run(make, mixed_precision, attaches_first=attaches_first)
+def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, mixed_precision, attaches_first):
+    run = Run(cls, mixed_precision, attaches_first=attaches_first)
     for _ in range(2):
         run.train()
         run.evaluate()
@@ -84,10 +83,10 @@ def test_training_forwards_see_theta_hat_and_evaluations_theta(make, mixed_preci
     assert run.watch.wrong == 0
 
 
-@either_optimizer
+@every_class
 @either_precision
-def test_evaluating_and_saving_changes_no_bit_of_training(make, mixed_precision, tmp_path):
-    plain, busy = Run(make, mixed_precision), Run(make, mixed_precision)
+def test_evaluating_and_saving_changes_no_bit_of_training(cls, mixed_precision, tmp_path):
+    plain, busy = Run(cls, mixed_precision), Run(cls, mixed_precision)
     for _ in range(3):
         plain.train()
         busy.train()
@@ -97,15 +96,15 @@ def test_evaluating_and_saving_changes_no_bit_of_training(make, mixed_precision,
     assert equal(weights_in_mode(busy.raw, True), weights_in_mode(plain.raw, True))
 
 
-@either_optimizer
+@every_class
 @either_precision
-def test_a_run_resumes_bit_for_bit(make, mixed_precision, tmp_path):
+def test_a_run_resumes_bit_for_bit(cls, mixed_precision, tmp_path):
     """Trap 6, in accelerate's order, and trap 10: prepare() has loaded the state of a run of its own before."""
-    run = Run(make, mixed_precision)
+    run = Run(cls, mixed_precision)
     run.train()
     run.accelerator.save_state(tmp_path)
     run.train()
-    resumed = Run(make, mixed_precision, seed=9)
+    resumed = Run(cls, mixed_precision, seed=9)
     resumed.train()
     resumed.accelerator.load_state(tmp_path)
     resumed.train()

@@ -7,11 +7,12 @@ Names say which trap of clients.md a test is about.
 
 import pytest
 import torch
+from cases import every_class
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from watch import Watch, clones, equal, weights_in_mode
 
-from xgrad_optim import XSGDM, XAdamW
+from xgrad_optim import XAdamW
 
 pytest.importorskip("lightning", reason="needs lightning: make test-clients")
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -27,7 +28,6 @@ X = torch.randn(48, 5, generator=torch.Generator().manual_seed(3))
 Y = torch.randn(48, 3, generator=torch.Generator().manual_seed(4))
 TRAIN = DataLoader(TensorDataset(X[:32], Y[:32]), batch_size=4)
 VALIDATE = DataLoader(TensorDataset(X[32:], Y[32:]), batch_size=8)
-either_optimizer = pytest.mark.parametrize("make", [XAdamW, XSGDM])
 either_precision = pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 
 
@@ -73,11 +73,11 @@ def names(module):
     return [name for name, _ in module.named_parameters()]
 
 
-@either_optimizer
+@every_class
 @either_precision
-def test_training_forwards_see_theta_hat_and_validation_theta(make, precision, tmp_path):
+def test_training_forwards_see_theta_hat_and_validation_theta(cls, precision, tmp_path):
     """Traps 7 and 11: the submodules are called, inside the closure of step()."""
-    module = new_module(make=make)
+    module = new_module(make=cls)
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 3}
     trainer = fit(module, tmp_path, precision=precision, **options)
     assert trainer.global_step == 12
@@ -85,29 +85,29 @@ def test_training_forwards_see_theta_hat_and_validation_theta(make, precision, t
     assert module.watch.wrong == 0
 
 
-@either_optimizer
+@every_class
 @either_precision
-def test_validating_and_saving_changes_no_bit_of_training(make, precision, tmp_path):
-    plain = new_module(make=make)
+def test_validating_and_saving_changes_no_bit_of_training(cls, precision, tmp_path):
+    plain = new_module(make=cls)
     fit(plain, tmp_path, precision=precision, limit_val_batches=0)
-    busy = new_module(make=make)
+    busy = new_module(make=cls)
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
     fit(busy, tmp_path, precision=precision, val_check_interval=2, callbacks=[saving])
     assert equal(weights_in_mode(busy.raw, True), weights_in_mode(plain.raw, True))
 
 
-@either_optimizer
+@every_class
 @either_precision
 @pytest.mark.parametrize("saving", [{"every_n_train_steps": 8}, {"every_n_epochs": 1}], ids=["predicted", "true"])
-def test_a_run_resumes_bit_for_bit(make, precision, saving, tmp_path):
+def test_a_run_resumes_bit_for_bit(cls, precision, saving, tmp_path):
     """Trap 6: Lightning restores the model before configure_optimizers, and the optimizer after.
 
     It saves before a validation or after one. At the end of an epoch, because its data does not resume within one.
     """
     callback = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saving)
-    module = new_module(make=make)
+    module = new_module(make=cls)
     fit(module, tmp_path, precision=precision, callbacks=[callback])
-    resumed = new_module(make=make, seed=9)
+    resumed = new_module(make=cls, seed=9)
     fit(resumed, tmp_path / "resumed", precision=precision, ckpt_path=tmp_path / "step=8.ckpt")
     for predicted in (True, False):
         assert equal(weights_in_mode(resumed.raw, predicted), weights_in_mode(module.raw, predicted))
@@ -211,16 +211,16 @@ class Manual(Module):
         return self.raws
 
 
-@either_optimizer
+@every_class
 @either_precision
-def test_manual_optimization_with_two_optimizers(make, precision, tmp_path):
+def test_manual_optimization_with_two_optimizers(cls, precision, tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=16, save_top_k=-1)
-    module = new_module(Manual, make=make)
+    module = new_module(Manual, make=cls)
     fit(module, tmp_path, precision=precision, val_check_interval=3, callbacks=[saving])
     for watch in module.watches:
         assert watch.counts == {True: 48, False: 1 + 3 * 2 * 2}
         assert watch.wrong == 0
-    resumed = new_module(Manual, make=make, seed=9)
+    resumed = new_module(Manual, make=cls, seed=9)
     fit(resumed, tmp_path / "resumed", precision=precision, ckpt_path=tmp_path / "step=16.ckpt")
     for ours, theirs in zip(resumed.raws, module.raws, strict=True):
         assert equal(weights_in_mode(ours, True), weights_in_mode(theirs, True))
@@ -284,13 +284,13 @@ class Averages(Callback):
             self.validated.append(equal(module.parameters(), self.average))
 
 
-@either_optimizer
+@every_class
 @pytest.mark.parametrize("master_weights", [False, True], ids=["plain", "master"])
-def test_averages_of_theta(make, master_weights, tmp_path):
+def test_averages_of_theta(cls, master_weights, tmp_path):
     """Trap 9: EMAWeightAveraging exchanges p.data around validation."""
-    plain = new_module(make=make, master_weights=master_weights)
+    plain = new_module(make=cls, master_weights=master_weights)
     fit(plain, tmp_path)
-    module = new_module(make=make, master_weights=master_weights)
+    module = new_module(make=cls, master_weights=master_weights)
     expected, averaging = Averages(decay=0.5), AverageTrueWeights(decay=0.5)
     trained = {}
 

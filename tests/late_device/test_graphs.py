@@ -25,7 +25,7 @@ CONFIGURATIONS = {
     f"{case.optimizer.__name__} {name}": (case.make, options)
     for case in PLAIN
     for name, options in OPTIONS.items()
-    if not (case.rule == "sgdm" and "amsgrad" in options)
+    if case.takes(*options)
 }
 
 

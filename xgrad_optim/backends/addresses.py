@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from xgrad_optim.backends import build
-from xgrad_optim.launch import COLUMNS, NUMBERS, Launch
+from xgrad_optim.launch import NUMBERS, Launch, columns_of
 from xgrad_optim.layout import DTensor, is_lazy, local, matches, steps, versions_of
 from xgrad_optim.notes import warn
 
@@ -64,10 +64,10 @@ class NativeReader:
     """Holds the tensors, and asks the parameters for their gradients."""
 
     def __init__(self, launch: Launch, writes_numbers: bool) -> None:
-        self._tables = launch.tables
+        self._tables, columns = launch.tables, columns_of(launch.rule)
         self._tensors: Any = torch.classes.xgrad_optim.LaunchTensors(
             [local(tensor) for slot in launch.slots.values() for tensor in slot],
-            [COLUMNS[name] for name in launch.slots],
+            [columns[name] for name in launch.slots],
             [vector for vector, _ in launch.numbers],
             [step for _, step in launch.numbers],
             launch.has_grad,
@@ -96,8 +96,9 @@ class PythonReader:
         self._seen = self._look()
         self._held: list[Tensor] = []
         self._written = list(map(local, launch.written))
+        columns = columns_of(launch.rule)
         for name, slot in self._tensors.items():
-            self._tables.table[:, COLUMNS[name]] = _addresses(slot)
+            self._tables.table[:, columns[name]] = _addresses(slot)
 
     def _look(self) -> list[list[object]]:
         return [list(map(look, slot)) for slot in self._tensors.values() for look in _LOOKS]
