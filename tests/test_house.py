@@ -26,6 +26,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own, an op
     {"settle", "backends.torch", "backends.cpu", "backends.gpu"},
     {"backends.cuda", "plan"},
     {"checkpoint"},
+    {"modes"},
     {"optimizer"},
     OPTIMIZERS,
     {""},
