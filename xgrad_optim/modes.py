@@ -190,3 +190,10 @@ class PredictingOptimizer(Optimizer):
             is_fake = name == "FakeTensorMode"
             why = "it can step fake parameters only, these are real" if is_fake else "call it outside"
             raise RuntimeError(f"{type(self).__name__}.step() was called inside {name}: {why}. Nothing was changed")
+
+
+def tensors_of(params: Any) -> list[Tensor]:
+    """Those of a param group's "params", which may be one tensor, a collection, or pairs of name and tensor."""
+    params = [params] if isinstance(params, Tensor) else params
+    tensors = [param[1] if isinstance(param, tuple) else param for param in params]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from xgrad_optim import backends, checkpoint, recorders
 from xgrad_optim.attach import check_unshared
-from xgrad_optim.modes import PredictingOptimizer, alone, recording_nothing
+from xgrad_optim.modes import PredictingOptimizer, alone, recording_nothing, tensors_of
 from xgrad_optim.options import checked_options, listed_params
 from xgrad_optim.plan import Planner
 from xgrad_optim.rows import UNSCALED, Scaling
@@ -60,7 +60,7 @@ class XGradOptimizer(PredictingOptimizer):
                 if len(distinct) != len(params):
                     raise ValueError("a parameter appears more than once in one parameter group")
             if self._switch.attachments:
-                check_unshared(self, _tensors(params))
+                check_unshared(self, tensors_of(params))
             param_group.update(options, params=params)
         super().add_param_group(param_group)
         self._switch.extend()
@@ -163,10 +163,3 @@ class XGradOptimizer(PredictingOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Tells torch.amp.GradScaler that `step` unscales the gradients, and skips itself where they overflowed."""
         return all(bool(group["fused"]) for group in self.param_groups)
-
-
-def _tensors(params: Any) -> list[Tensor]:
-    """Those of a param group's "params", which may be one tensor, a collection, or pairs of name and tensor."""
-    params = [params] if isinstance(params, Tensor) else params
-    tensors = [param[1] if isinstance(param, tuple) else param for param in params]
-    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
