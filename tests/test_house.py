@@ -29,6 +29,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own, an op
     {"modes"},
     {"optimizer"},
     OPTIMIZERS,
+    {"wrapper"},
     {""},
     {"__main__"},
 )
