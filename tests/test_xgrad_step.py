@@ -142,7 +142,7 @@ def test_a_dtype_that_nothing_is_predicted_in_is_refused_unless_it_is_not_to_be(
     param = torch.nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
     optimizer = XGrad(torch.optim.SGD([param], lr=0.1))
     param.grad = torch.ones(3).to(torch.float8_e4m3fn)
-    with pytest.raises(RuntimeError, match="dtype torch.float8_e4m3fn"):
+    with pytest.raises(RuntimeError, match=r"dtype torch\.float8_e4m3fn"):
         optimizer.step()
 
 
@@ -190,9 +190,8 @@ def test_steps_ahead_are_an_option_of_each_group_and_may_change():
     schedule = [(2.0, 0.5), (0.0, 3.0), (1.0, 0.0), (1.0, 1.0)]
     for step, chosen in enumerate(schedule):
         feed(params, step + 1)
-        for group, literal, steps in zip(optimizer.param_groups, literals, chosen, strict=True):
-            group["prediction_steps"] = literal.steps = steps
-            index = literals.index(literal)
+        for index, (literal, steps) in enumerate(zip(literals, chosen, strict=True)):
+            optimizer.param_groups[index]["prediction_steps"] = literal.steps = steps
             literal.step([params[index].grad.clone()])
         optimizer.step()
         for mode in (True, False, True):

@@ -284,14 +284,14 @@ class XGrad(PredictingOptimizer):
     def _step(self, arguments: tuple[Callable[[], Any], ...]) -> Any:
         shifts = self._shifts()
         planner, (groups, own) = self._planner, self._planned
-        is_changed = not planner.is_current(groups, own)
         ahead = {param: shift for param, shift in shifts.items() if shift}
         for param in ahead.keys() - own.keys():
             own[param] = {BUFFER: torch.empty_like(param, requires_grad=False)}
         planner.note_frozen(groups)
         planner.swap(groups, own, False)
-        for param in shifts.keys() - ahead.keys() | (own.keys() - set(self._params()) if is_changed else set()):
-            own.pop(param, None)  # at theta, where it stays
+        unused = own.keys() - set(self._params()) | shifts.keys() - ahead.keys()
+        for param in unused:
+            own.pop(param, None)  # it holds theta by now
         move = _Move(
             arguments,
             ahead,
