@@ -308,6 +308,8 @@ class XGrad(PredictingOptimizer):
         try:
             self._advance(move, done)
         except BaseException:
+            if isinstance(self.base, XGradOptimizer) and not all(map(torch.equal, move.thetas, move.buffers)):
+                done = done or [None]  # it has stepped as a whole
             if done:
                 self._advance(move, done)  # an interrupt finds all of it done
             else:
