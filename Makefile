@@ -41,7 +41,7 @@ test: $(VENV)/.ready lint
 test-versions:
 	for version in $(VERSIONS); do $(MAKE) test VENV=.venvs/$$version TORCH=torch==$$version || exit 1; done
 
-# transformers.Trainer, accelerate and Lightning themselves, which only these tests need.
+# transformers.Trainer, accelerate, Lightning and other optimizers themselves, which only these tests need.
 test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -n auto tests/clients
 

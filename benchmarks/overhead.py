@@ -17,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the ta
 
 from family import FAMILY
 
-from xgrad_optim import XAdamW, available_backends
+from xgrad_optim import XAdamW, XGrad, available_backends
 from xgrad_optim.optimizer import XGradOptimizer
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 RESULTS = Path(__file__).resolve().parent / "results"
-SECTIONS = ("step", "thread", "bf16", "small", "memory", "bandwidth")
+SECTIONS = ("step", "any", "thread", "bf16", "small", "memory", "bandwidth")
 
 MEASURED = list({member.rule.name: member for member in FAMILY}.values())
 """One optimizer of each rule."""
@@ -110,6 +111,37 @@ def section_step(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> 
     for peer in dict.fromkeys(member.peer for member in reversed(MEASURED)):
         title = f"a step beside {peer.__name__}, float32"
         compare(report, title, contenders(peer), lambda: make_params(shapes), rounds)
+
+
+WRAPPED: dict[str, Make] = {
+    "SGD fused": lambda params: torch.optim.SGD(params, momentum=0.9, fused=True),
+    "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
+    "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    "NAdam foreach": lambda params: torch.optim.NAdam(params, foreach=True),
+    "Adafactor": lambda params: torch.optim.Adafactor(params),
+    "Muon": lambda params: torch.optim.Muon([param for param in params if param.dim() == 2]),
+}
+"""Bases that XGrad is measured around. The embeddings stay with Muon here, for which it is not meant."""
+
+
+def section_any(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
+    """XGrad around a base, beside the base itself: the processor's time, and what both hold for each parameter."""
+    rows: list[list[object]] = []
+    for name, make in WRAPPED.items():
+        base, wrapper = make(make_params(shapes)), XGrad(make(make_params(shapes)))
+        seconds = interleave({"base": base.step, "wrapped": wrapper.step}, rounds, clock=time.process_time)
+        plain, predicting = (statistics.median(seconds[each]) * 1e3 for each in ("base", "wrapped"))
+        rows.append([name, plain, predicting, predicting / plain, held_bytes(base), held_bytes(wrapper)])
+    columns = ["base", "ms", "XGrad, ms", "ratio", "bytes", "XGrad, bytes"]
+    report.table("XGrad around any optimizer, CPU time", columns, rows)
+
+
+def held_bytes(optimizer: torch.optim.Optimizer) -> float:
+    """For each element of the parameters: weights, gradients and state."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    held = [*params, *(param.grad for param in params), *(value for value in states if isinstance(value, torch.Tensor))]
+    return sum(tensor.nbytes for tensor in held) / sum(param.numel() for param in params)
 
 
 def section_bf16(report: Report, shapes: list[tuple[int, ...]], rounds: int) -> None:
@@ -264,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.workload}")
     sections: dict[str, Callable[[], None]] = {
         "step": lambda: section_step(report, shapes, options.rounds),
+        "any": lambda: section_any(report, shapes, options.rounds),
         "thread": lambda: measure_thread(report, options.rounds),
         "bf16": lambda: section_bf16(report, shapes, options.rounds),
         "small": lambda: section_small(report, options.rounds),
