@@ -3,13 +3,14 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from twins import same_bits
 from xgrad_bases import BASES, as_given, every_base, give, shapes_for, stepper, values, wrapped
 
-from xgrad_optim import XGrad
+from xgrad_optim import XAdamW, XGrad
 
 SHAPES = [(6, 4), (7,)]
 
@@ -181,6 +182,21 @@ def test_weights_of_another_moment_draw_a_warning():
     resumed.load_state_dict(saved)
     with pytest.warns(UserWarning, match="do not hold the predicted weights"):
         resumed.eval()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_checkpoint_of_a_native_class_is_one_of_theta(mode):
+    params = [torch.nn.Parameter(value) for value in values(SHAPES, torch.float32)]
+    native = XAdamW(params)
+    give(params, values(SHAPES, torch.float32, 1))
+    native.step()
+    native.train(mode)
+    optimizer, _ = wrapped(BASES["AdamW"], clones(params))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(native.state_dict())
+    assert ["held predicted weights" in str(each.message) for each in caught] == [True] * mode
+    assert not optimizer.predicted
 
 
 def test_a_write_while_predicted_draws_a_warning_and_moves_theta():

@@ -15,6 +15,7 @@ from xgrad_optim import backends, checkpoint, recorders
 from xgrad_optim.attach import check_unshared
 from xgrad_optim.layout import local
 from xgrad_optim.modes import PredictingOptimizer, alone, recording_nothing, tensors_of
+from xgrad_optim.notes import warn
 from xgrad_optim.numeric import is_supported
 from xgrad_optim.optimizer import XGradOptimizer
 from xgrad_optim.options import checked_options, listed_params, number
@@ -193,8 +194,7 @@ class XGrad(PredictingOptimizer):
         one of this class.
 
         Raises:
-            ValueError: it does not fit the parameters. Nothing has changed then.
-            And whatever the base raises.
+            ValueError: it does not fit the parameters. Nothing has changed then, nor where the base raises.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"loaded state dict must be a dict, got {type(state_dict).__name__}")
@@ -214,6 +214,11 @@ class XGrad(PredictingOptimizer):
             rest = {key: value for key, value in values.items() if key not in SAVED.values()}
             if rest or not mine:
                 theirs[saved_id] = rest
+        if not isinstance(self.base, XGradOptimizer) and any(map(_is_of_predicted, theirs.values())):
+            warn(
+                "the loaded state was saved by another optimizer while its parameters held predicted weights, which "
+                "are taken for the true ones here: save it in evaluation mode, and the model beside it"
+            )
         if self._switch.attachments:
             self.eval()  # what undoes the present prediction is about to go
         loaded: list[None] = []
@@ -262,7 +267,6 @@ class XGrad(PredictingOptimizer):
         Raises:
             RuntimeError: the base asks for its closure's result again, or parameters that share memory or whose dtype
                 is not supported.
-            And whatever the base raises.
 
         Where the base's step raises, its parameters hold theta from before, unpredicted, and its state is what it has
         made of it. After any other error all is as before.
@@ -418,6 +422,11 @@ def _answer(loss: Any) -> Callable[[], Any]:
         )
 
     return closure
+
+
+def _is_of_predicted(state: Any) -> bool:
+    """Whether a native class of ours has saved this while its parameters held theta_hat."""
+    return isinstance(state, Mapping) and "prediction_shift" in state and bool(state.get("predicted", False))
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
