@@ -50,6 +50,7 @@ def test_a_run_resumes_bit_for_bit(name, mode):
     saved, weights = through_a_file(optimizer.state_dict()), clones(params)
     resumed, others = wrapped(BASES[name], weights)
     resumed.load_state_dict(saved)
+    assert not any(str(key).startswith("xgrad") for state in resumed.state.values() for key in state)
     assert resumed.predicted is mode and resumed.param_groups[0]["prediction_steps"] == 1.5
     for index in range(3):
         for own, some in ((optimizer, params), (resumed, others)):

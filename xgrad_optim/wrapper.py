@@ -307,7 +307,7 @@ class XGrad(PredictingOptimizer):
         # From here on the buffers hold theta as it was, so nothing may be predicted by them.
         planner.predict_by(dict.fromkeys(ahead, 0.0))
         _copy(move.buffers, move.thetas)
-        self._switch.begin(False)
+        self._switch.begin(False)  # forwards of other threads wait from here on
         done: list[Any] = []
         try:
             self._advance(move, done)
