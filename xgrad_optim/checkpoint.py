@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xgrad_optim.inventory import Groups
 from xgrad_optim.layout import DTensor, place_like
 from xgrad_optim.notes import warn
 from xgrad_optim.options import EXECUTION_OPTIONS, checked_options
-from xgrad_optim.plan import Groups, round_trip
+from xgrad_optim.plan import round_trip
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.state import state_dtype
 
