@@ -29,13 +29,14 @@ SHAPES = ((40, 3), (5,), (), (0,), (7, 2))
 
 
 class Training:
-    """A few parameters of two dtypes in two groups, one of which has no gradient in some steps."""
+    """Parameters of two dtypes in three groups. One has no gradient in some steps, of one nothing is predicted."""
 
     def __init__(self, case, **options) -> None:
         generator = torch.Generator().manual_seed(0)
         values = [torch.randn(shape, generator=generator) for shape in SHAPES]
         self.params = [torch.nn.Parameter(v.to(torch.bfloat16) if i % 2 else v) for i, v in enumerate(values)]
-        groups = [{"params": self.params[:2]}, {"params": self.params[2:], "lr": 0.01}]
+        groups = [{"params": self.params[:2]}, {"params": self.params[2:4], "lr": 0.01}]
+        groups.append({"params": self.params[4:], "prediction_steps": 0.0})
         self.optimizer = case.make(groups, lr=0.05, **options)
         for step in range(2):
             self.feed(step)
@@ -50,6 +51,7 @@ class Training:
 
     def theta(self) -> list[torch.Tensor]:
         self.optimizer.eval()
+        assert not self.optimizer.predicted
         return [param.detach().clone() for param in self.params]
 
     def go_on(self) -> list[torch.Tensor]:

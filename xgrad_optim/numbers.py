@@ -85,7 +85,11 @@ class Numbers(ABC):
 
     @abstractmethod
     def to_move(self, target: bool | Tensor) -> list[int]:
-        """The parameters that a swap to these weights has to write; notes of the others that they hold them."""
+        """The parameters that a swap to these weights has to write."""
+
+    @abstractmethod
+    def note_unmoved(self, target: bool | Tensor) -> None:
+        """The swap has run: what it had not to write holds these weights, too."""
 
     @abstractmethod
     def settle(self, indices: list[int]) -> None:
@@ -145,9 +149,10 @@ class HostNumbers(Numbers):
 
     def to_move(self, target: bool | Tensor) -> list[int]:
         # A shift of 0 leaves nothing to move, not even the version counter.
-        values, mode = self.values, float(target)
-        values[values[:, SHIFT] == 0, PREDICTED] = mode
-        return numpy.flatnonzero(values[:, PREDICTED] != mode).tolist()
+        return numpy.flatnonzero(self.are_shifted() & (self.modes() != float(target))).tolist()
+
+    def note_unmoved(self, target: bool | Tensor) -> None:
+        self.values[~self.are_shifted(), PREDICTED] = float(target)
 
     def settle(self, indices: list[int]) -> None:
         self.values[indices, SHIFT] = 0.0
@@ -238,6 +243,9 @@ class DeviceNumbers(Numbers):
         if isinstance(target, Tensor):
             return list(range(len(self.params)))
         return numpy.flatnonzero(self._modes != target).tolist()
+
+    def note_unmoved(self, target: bool | Tensor) -> None:
+        """There is none: only the device knows the shifts."""
 
     def settle(self, indices: list[int]) -> None:
         torch._foreach_zero_([self.views[index][SHIFT] for index in indices])

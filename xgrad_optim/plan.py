@@ -225,6 +225,8 @@ class Planner:
         if plan.params:
             self._begin(True)
         plan.run(target, scaling)
+        for numbers in self._numbers.values():
+            numbers.note_unmoved(target)
         self._end()
 
     def _last_swap(self, target: bool) -> Plan | None:
