@@ -159,7 +159,7 @@ class XGradOptimizer(Optimizer):
 
         Where only a device knows (a captured graph was replayed), this waits for it, once.
         """
-        return bool(self._planner.predicted(self.state))
+        return bool(self._planner.inventory.predicted(self.state))
 
     @_alone
     def eval(self) -> None:
@@ -197,7 +197,7 @@ class XGradOptimizer(Optimizer):
 
     @_alone
     def _open(self, pin: Pin) -> None:
-        pin.was_predicted = self._planner.predicted(self.state)  # nobody waits for a flag on a device
+        pin.was_predicted = self._planner.inventory.predicted(self.state)  # nobody waits for a flag on a device
         self._switch.pins.add(pin)
         self.eval()
 
@@ -262,12 +262,12 @@ class XGradOptimizer(Optimizer):
         if target is not False:
             self._switch.check_not_replaced()
         # Trainers call train() before every batch.
-        if self._switch.position is target and self._planner.is_current(self.param_groups, self.state):
+        if self._switch.position is target and self._planner.inventory.is_current(self.param_groups, self.state):
             return
         if target is False:
             self._check_loaded()
         self._planner.swap(self.param_groups, self.state, target)
-        self._switch.turn(target if isinstance(target, bool) and self._planner.is_known else None)
+        self._switch.turn(target if isinstance(target, bool) and self._planner.inventory.is_known else None)
 
     def _check_loaded(self) -> None:
         """Look once at what the parameters hold, when a state that calls it theta_hat is first used with them."""
