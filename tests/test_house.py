@@ -27,8 +27,10 @@ LAYERS = (  # from the bottom; a module imports from layers below its own, an op
     {"backends.cuda", "inventory"},
     {"plan"},
     {"checkpoint"},
+    {"modes"},
     {"optimizer"},
     OPTIMIZERS,
+    {"wrapper"},
     {""},
     {"__main__"},
 )

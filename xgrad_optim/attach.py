@@ -10,11 +10,11 @@ from xgrad_optim.hooks import FSDP1, Attachment, are_flattened, attachments_of, 
 from xgrad_optim.switch import switches
 
 if TYPE_CHECKING:
-    from xgrad_optim.optimizer import XGradOptimizer
+    from xgrad_optim.modes import PredictingOptimizer
 
 
-def attach(optimizer: "XGradOptimizer", model: Module, partial: bool) -> Attachment:
-    """Hook the model. See :meth:`XGradOptimizer.attach`."""
+def attach(optimizer: "PredictingOptimizer", model: Module, partial: bool) -> Attachment:
+    """Hook the model. See :meth:`PredictingOptimizer.attach`."""
     if not isinstance(model, Module):
         raise TypeError(f"attach expects a torch.nn.Module, got {type(model).__name__}")
     owned, switch = owned_by(optimizer), optimizer._switch
@@ -43,7 +43,7 @@ def attach(optimizer: "XGradOptimizer", model: Module, partial: bool) -> Attachm
         raise
 
 
-def _predecessors(optimizer: "XGradOptimizer", model: Module) -> list["XGradOptimizer"]:
+def _predecessors(optimizer: "PredictingOptimizer", model: Module) -> list["PredictingOptimizer"]:
     """The optimizers from which this one takes the model over, as it has not stepped yet: a cell was run again.
 
     Raises RuntimeError where an attached optimizer with some of the same parameters can't be meant to go.
@@ -65,13 +65,13 @@ def _predecessors(optimizer: "XGradOptimizer", model: Module) -> list["XGradOpti
     return list(rivals)
 
 
-def check_unshared(optimizer: "XGradOptimizer", params: Iterable[Tensor]) -> None:
+def check_unshared(optimizer: "PredictingOptimizer", params: Iterable[Tensor]) -> None:
     """Raise RuntimeError where parameters that are to join an attached optimizer belong to another attached one."""
     for rival, shared in _rivals(optimizer, set(params)).items():
         raise RuntimeError(f"only one attached optimizer can predict a parameter: {_of_both(optimizer, rival, shared)}")
 
 
-def _rivals(optimizer: "XGradOptimizer", params: set[Tensor]) -> dict["XGradOptimizer", set[Tensor]]:
+def _rivals(optimizer: "PredictingOptimizer", params: set[Tensor]) -> dict["PredictingOptimizer", set[Tensor]]:
     """Other attached optimizers that own some of these parameters, with these."""
     attached = {attachment.optimizer for switch in list(switches) for attachment in switch.attachments}
     others = [other for other in attached if other is not None and other._switch is not optimizer._switch]
@@ -79,5 +79,5 @@ def _rivals(optimizer: "XGradOptimizer", params: set[Tensor]) -> dict["XGradOpti
     return {other: common for other, common in shared.items() if common}
 
 
-def _of_both(optimizer: "XGradOptimizer", rival: "XGradOptimizer", shared: set[Tensor]) -> str:
+def _of_both(optimizer: "PredictingOptimizer", rival: "PredictingOptimizer", shared: set[Tensor]) -> str:
     return f"this {type(optimizer).__name__} and that {type(rival).__name__} have {len(shared)} in common"

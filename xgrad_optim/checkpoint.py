@@ -40,23 +40,29 @@ def load(
     rule: Rule, fixed: Options, groups: Groups, state_dict: Mapping[str, Any]
 ) -> tuple[Groups, defaultdict[Tensor, dict[str, Any]]]:
     """The param groups, with `fixed` entries, and the state to adopt. Raises ValueError where they do not fit."""
-    saved_groups = _saved_groups(groups, state_dict)
+    saved_groups = groups_in(state_dict, groups)
     new_groups = [_load_group(rule, fixed, *pair) for pair in zip(groups, saved_groups, strict=True)]
-    params = {
-        saved_id: param
-        for group, saved in zip(groups, saved_groups, strict=True)
-        for param, saved_id in zip(group["params"], saved["params"], strict=True)
-    }
+    params = params_by_id(saved_groups, groups)
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for saved_id, saved_state in state_dict["state"].items():
         if saved_id not in params:
             state[saved_id] = deepcopy(saved_state)
-        elif loaded := _load_param_state(rule, saved_id, params[saved_id], saved_state):
+        elif loaded := load_param_state(rule, saved_id, params[saved_id], saved_state):
             state[params[saved_id]] = loaded
     return new_groups, state
 
 
-def _saved_groups(groups: Groups, state_dict: Mapping[str, Any]) -> Groups:
+def params_by_id(saved_groups: Groups, groups: Groups) -> dict[Any, Tensor]:
+    """The parameters of these groups by what a state_dict calls them."""
+    return {
+        saved_id: param
+        for saved, group in zip(saved_groups, groups, strict=True)
+        for saved_id, param in zip(saved["params"], group["params"], strict=True)
+    }
+
+
+def groups_in(state_dict: Mapping[str, Any], groups: Groups) -> Groups:
+    """Its param groups. Raises ValueError where they are not as many and as large as these."""
     saved_groups: Groups = state_dict.get("param_groups", [{}])
     if "state" not in state_dict or any("params" not in saved for saved in saved_groups):
         raise ValueError('loaded state dict has no "state", or a parameter group without "params"')
@@ -93,7 +99,8 @@ def _load_group(rule: Rule, fixed: Options, group: dict[str, Any], saved: Mappin
         raise ValueError(f"loaded state dict: {error}") from error
 
 
-def _load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> dict[str, Any]:
+def load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> dict[str, Any]:
+    """What a parameter's saved state says, checked and copied. Raises ValueError where it does not fit."""
     where = f"loaded state dict: the state of parameter {saved_id}"
     if not isinstance(saved, Mapping):
         raise ValueError(f"{where} must be a dict, got {saved!r}")

@@ -23,7 +23,7 @@ from xgrad_optim.recorders import untraced
 from xgrad_optim.switch import Switch
 
 if TYPE_CHECKING:
-    from xgrad_optim.optimizer import XGradOptimizer
+    from xgrad_optim.modes import PredictingOptimizer
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -54,7 +54,7 @@ class Attachment:
         is_partial: whether the model may have trainable parameters that no attached optimizer owns.
     """
 
-    def __init__(self, optimizer: Optional["XGradOptimizer"] = None, model: Module | None = None) -> None:
+    def __init__(self, optimizer: Optional["PredictingOptimizer"] = None, model: Module | None = None) -> None:
         self.optimizer = optimizer
         self.switch = Switch() if optimizer is None else optimizer._switch
         self.is_partial = False
@@ -307,7 +307,7 @@ def _wrapped_by(model: Module) -> list[Module]:
     return modules
 
 
-def owned_by(optimizer: "XGradOptimizer") -> set[Tensor]:
+def owned_by(optimizer: "PredictingOptimizer") -> set[Tensor]:
     """The optimizer's parameters."""
     return {param for group in optimizer.param_groups for param in group["params"]}
 

@@ -154,6 +154,15 @@ class HostNumbers(Numbers):
     def note_unmoved(self, target: bool | Tensor) -> None:
         self.values[~self.are_shifted(), PREDICTED] = float(target)
 
+    def shifts(self) -> list[float]:
+        """How many times its direction each parameter's theta_hat is away from theta."""
+        return self.values[:, SHIFT].tolist()
+
+    def displace(self, indices: list[int], shifts: list[float]) -> None:
+        """These parameters hold theta, and are to be predicted by these shifts."""
+        self.values[indices, PREDICTED] = 0.0
+        self.values[indices, SHIFT] = shifts
+
     def settle(self, indices: list[int]) -> None:
         self.values[indices, SHIFT] = 0.0
 

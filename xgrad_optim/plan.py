@@ -165,6 +165,7 @@ class Planner:
         """Forget everything: the state was replaced as a whole."""
         self.inventory = Inventory(self._rule)
         self._left: list[Tensor] = []
+        self._seen_shifts: list[float] = []
         self._frozen: set[Tensor] = set()
         self._drop_plans()
 
@@ -225,9 +226,22 @@ class Planner:
         if plan.params:
             self._begin(True)
         plan.run(target, scaling)
-        for numbers in self._numbers.values():
+        for numbers in self.inventory.numbers.values():
             numbers.note_unmoved(target)
         self._end()
+
+    def predict_by(self, shifts: Mapping[Tensor, float]) -> None:
+        """Of these parameters, which hold theta: theta_hat is so many times their first buffer away from it.
+
+        For who writes that buffer without a step of ours. Such parameters have their numbers on the host.
+        """
+        numbers = self.inventory.numbers.get(HOST)
+        if not shifts or not isinstance(numbers, HostNumbers):
+            return
+        numbers.displace([self.inventory.places[param][1] for param in shifts], [*shifts.values()])
+        present = numbers.shifts()
+        if any(shifts.values()) and present != self._seen_shifts:
+            self._swaps, self._seen_shifts = {}, present  # who shared a row may not do so any more
 
     def _last_swap(self, target: bool) -> Plan | None:
         """The plan of the last swap to these weights, if it moved the parameters that are to be moved now."""
