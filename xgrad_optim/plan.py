@@ -225,7 +225,7 @@ class Planner:
         if plan.params:
             self._begin(True)
         plan.run(target, scaling)
-        for numbers in self._numbers.values():
+        for numbers in self.inventory.numbers.values():
             numbers.note_unmoved(target)
         self._end()
 
