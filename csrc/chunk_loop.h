@@ -3,6 +3,7 @@
 
 #include "element.h"
 #include "launch.h"
+#include "root.h"
 #include "simd.h"
 
 namespace xgrad {
@@ -16,8 +17,16 @@ template <class Storage> XGRAD_HD Storage* at(int64_t address, int64_t index) {
   return reinterpret_cast<Storage*>(address) + index;
 }
 
-// So many vectors of each buffer run at once: two where all of them have 16 bits.
-template <class Param, class State> constexpr int kVectors = sizeof(State) < sizeof(Compute<Param>) ? 2 : 1;
+// Whether the dividing unit is what such elements wait for: every second vector then has a root multiplied.
+#if defined(__AVX512F__)
+template <class Param> constexpr bool kMultipliesRoots = std::is_same<Param, float>::value;
+#else
+template <class Param> constexpr bool kMultipliesRoots = false;
+#endif
+
+// So many vectors of each buffer run at once; two where all of them have 16 bits.
+template <class Param, class State>
+constexpr int kVectors = sizeof(State) < sizeof(Compute<Param>) || kMultipliesRoots<Param> ? 2 : 1;
 
 template <class Param, class State> constexpr int64_t kStride = kVectors<Param, State> * kLanes<Compute<Param>>;
 
@@ -31,7 +40,10 @@ __attribute__((noinline)) void run_vectors(Line line, int64_t grad, int64_t begi
   constexpr int kCount = kVectors<Param, State>;
   Element<Rule, V> elements[kCount];
   const auto load = [&](auto* address, auto field) {
-    __builtin_prefetch(reinterpret_cast<const char*>(address) + kPrefetchBytes);
+    constexpr int64_t kBlockBytes = kStride<Param, State> * sizeof(*address);
+    for (int64_t byte = 0; byte < kBlockBytes; byte += kVectorBytes) {
+      __builtin_prefetch(reinterpret_cast<const char*>(address) + kPrefetchBytes + byte);
+    }
     V block[kCount];
     load_block(address, block);
     if (sizeof(*address) == sizeof(T)) clean_block<Param>(block);  // a 16-bit NaN comes clean from memory
@@ -55,7 +67,11 @@ __attribute__((noinline)) void run_vectors(Line line, int64_t grad, int64_t begi
     if constexpr (kBuffers.has_master_weights) load(at<T>(line.master_weights, i), master_weights);
 
     run_element<Rule, Param, State>(elements[0], hyper, kBuffers);
-    if constexpr (kCount == 2) run_element<Rule, Param, State>(elements[1], hyper, kBuffers);  // GCC unrolls no such loop
+    if constexpr (kMultipliesRoots<Param>) {
+      run_element<Rule, Param, State, MultipliedRoots>(elements[1], hyper, kBuffers);
+    } else if constexpr (kCount == 2) {
+      run_element<Rule, Param, State>(elements[1], hyper, kBuffers);
+    }
     if constexpr (std::is_same<Param, BFloat16>::value) {
       for (auto& element : elements) element.param = Numeric<V>::template round<Param>(element.param);
     }
@@ -80,11 +96,12 @@ template <class Rule, class Param, class State, int kFlags = 0> Loop<Rule, Param
   return nullptr;
 }
 
-// The last elements of a tensor, too few for a vector, run in a vector's worth of memory of every buffer.
+// The last elements of a tensor, too few for a block, run in a block's worth of memory of every buffer.
 template <class Rule, class Param, class State>
 void run_tail(Loop<Rule, Param> loop, const Piece& piece, int64_t begin, const Hyper<Rule, Compute<Param>>& hyper) {
   constexpr int kBuffers = 3 + kMaxStates;
-  alignas(kVectorBytes) char memory[kBuffers][kVectorBytes] = {};
+  constexpr int64_t kBlockBytes = kStride<Param, State> * sizeof(Compute<Param>);
+  alignas(kVectorBytes) char memory[kBuffers][kBlockBytes] = {};
   int used = 0;
   const int64_t count = piece.offset + piece.count - begin;
   const auto copy_in = [&](int64_t address, int64_t size) -> int64_t {

@@ -137,13 +137,15 @@ XGRAD_HD void load_block(const double* address, Vector<double> (&block)[1]) {
   block[0] = load_vector<Vector<double>>(address);
 }
 
-XGRAD_HD void load_block(const float* address, Vector<float> (&block)[1]) {
-  block[0] = load_vector<Vector<float>>(address);
-}
-
 XGRAD_HD void store_block(double* address, Vector<double> (&block)[1]) { store_vector(address, block[0]); }
 
-XGRAD_HD void store_block(float* address, Vector<float> (&block)[1]) { store_vector(address, block[0]); }
+template <int n> XGRAD_HD void load_block(const float* address, Vector<float> (&block)[n]) {
+  for (int i = 0; i < n; ++i) block[i] = load_vector<Vector<float>>(address + i * kLanes<float>);
+}
+
+template <int n> XGRAD_HD void store_block(float* address, const Vector<float> (&block)[n]) {
+  for (int i = 0; i < n; ++i) store_vector(address + i * kLanes<float>, block[i]);
+}
 
 template <int n> XGRAD_HD void load_block(const Float16* address, Vector<float> (&block)[n]) {
   for (int i = 0; i < n; ++i) block[i] = widen_float16(load_vector<Halves>(address + i * kLanes<float>));
