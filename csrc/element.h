@@ -15,7 +15,7 @@ template <class S> struct StepHyper {
 template <class Rule, class S>
 struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template DirectionHyper<S> {
   typename Rule::template DirectionHyper<S> prev;
-  bool restores, decays, predicts;  // compared with 0 here, not for each element
+  bool restores, scales, decays, shrinks, predicts;  // compared here, not for each element
 
   XGRAD_HD explicit Hyper(const S* row) {
     read(row, static_cast<StepHyper<S>&>(*this));
@@ -23,7 +23,9 @@ struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template D
     read(row, static_cast<typename Rule::template DirectionHyper<S>&>(*this));
     read(row, prev);
     restores = this->shift_prev != 0;  // 0 * delta may be NaN, which must not reach the weights
+    scales = this->grad_factor != 1;
     decays = this->weight_decay != 0;
+    shrinks = this->decay_factor != 1;
     predicts = this->shift != 0;
   }
 
@@ -116,7 +118,8 @@ XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers 
 // that it can be computed again.
 template <class Rule, class State, class T, class Hyper>
 XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  T grad = hyper.grad_factor * element.grad;
+  T grad = element.grad;
+  if (hyper.scales) grad = hyper.grad_factor * grad;
   if (hyper.decays) grad = grad + hyper.weight_decay * theta;
   Rule::accumulate(grad, element.state, hyper);
   if constexpr (Rule::kSecondMoment >= 0) {
@@ -126,7 +129,7 @@ XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper&
     }
   }
   for (T& values : element.state) values = Numeric<T>::template round<State>(values);
-  return theta * hyper.decay_factor;
+  return hyper.shrinks ? theta * hyper.decay_factor : theta;
 }
 
 // theta_hat = R(theta - d), from the theta next to it that survives the round trip.
