@@ -88,12 +88,14 @@ def nanoseconds(makers: Mapping[str, Callable[[int], Optimizer]], n: int, rounds
     """Nanoseconds an element of each optimizer's kernel, on `n` elements.
 
     Calling an operator costs as much as thousands of elements do. An eighth of the elements costs it as well, so it is
-    not in the difference.
+    not in the difference. Small sizes take many short turns, of which other work on the machine disturbs few; a turn
+    has several calls, as the first one after the others' finds their elements in the caches.
     """
     sizes = (n, n // 8)
     optimizers = {f"{name} {size}": make(size) for name, make in makers.items() for size in sizes}
     calls = {name: operator_of(optimizer) for name, optimizer in optimizers.items()}
-    seconds = interleave(calls, rounds, in_a_row=max(1, 2_000_000 // n), clock=time.thread_time)
+    turns = rounds * max(1, min(20, 4_000_000 // n))
+    seconds = interleave(calls, turns, in_a_row=max(2, 200_000 // n), clock=time.thread_time)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     whole, part = sizes
     return {name: (medians[f"{name} {whole}"] - medians[f"{name} {part}"]) / (whole - part) * 1e9 for name in makers}

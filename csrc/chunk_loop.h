@@ -3,6 +3,7 @@
 
 #include "element.h"
 #include "launch.h"
+#include "root.h"
 #include "simd.h"
 
 namespace xgrad {
@@ -16,36 +17,70 @@ template <class Storage> XGRAD_HD Storage* at(int64_t address, int64_t index) {
   return reinterpret_cast<Storage*>(address) + index;
 }
 
-// Elements [begin, end) of one tensor, which fill vectors. Which buffers there are, the compiler knows.
+// Whether the dividing unit is what such elements wait for: every second vector then has a root multiplied.
+#if defined(__AVX512F__)
+template <class Param> constexpr bool kMultipliesRoots = std::is_same<Param, float>::value;
+#else
+template <class Param> constexpr bool kMultipliesRoots = false;
+#endif
+
+// So many vectors of each buffer run at once; two where all of them have 16 bits.
+template <class Param, class State>
+constexpr int kVectors = sizeof(State) < sizeof(Compute<Param>) || kMultipliesRoots<Param> ? 2 : 1;
+
+template <class Param, class State> constexpr int64_t kStride = kVectors<Param, State> * kLanes<Compute<Param>>;
+
+// Elements [begin, end) of one tensor, a multiple of the stride. Which buffers there are, the compiler knows.
 template <class Rule, class Param, class State, int kFlags>
 __attribute__((noinline)) void run_vectors(Line line, int64_t grad, int64_t begin, int64_t end,
                                            Hyper<Rule, Compute<Param>> hyper) {
   using T = Compute<Param>;
-  using Number = Numeric<Vector<T>>;
+  using V = Vector<T>;
   constexpr Buffers kBuffers = buffers_of(kFlags);
-  const auto load = [](auto* address) {
-    __builtin_prefetch(reinterpret_cast<const char*>(address) + kPrefetchBytes);
-    const Vector<T> values = Number::load(address);
-    // A 16-bit NaN comes clean from memory, and is spared the check.
-    return sizeof(*address) < sizeof(T) ? values : clean<Param>(values);
-  };
-  for (int64_t i = begin; i < end; i += kLanes<T>) {
-    Element<Rule, Vector<T>> element{};
-    element.param = load(at<Param>(line.param, i));
-    if (kBuffers.has_grad) element.grad = load(at<Param>(grad, i));
-    for (int s = 0; s < Rule::kNumStates; ++s) element.state[s] = load(at<State>(line.state[s], i));
-    if (kBuffers.has_max_exp_avg_sq) element.max_exp_avg_sq = load(at<State>(line.state[kMaxExpAvgSq], i));
-    if (kBuffers.has_master_weights) element.master_weights = load(at<T>(line.master_weights, i));
-
-    run_element<Rule, Param, State>(element, hyper, kBuffers);
-
-    Number::store(at<Param>(line.param, i), element.param);
-    if (kBuffers.has_master_weights) Number::store(at<T>(line.master_weights, i), element.master_weights);
-    if (!kBuffers.has_grad) continue;  // a swap changes no state, so it writes none
-    for (int s = 0; s < Rule::kNumStates; ++s) Number::store_exact(at<State>(line.state[s], i), element.state[s]);
-    if (kBuffers.has_max_exp_avg_sq) {
-      Number::store_exact(at<State>(line.state[kMaxExpAvgSq], i), element.max_exp_avg_sq);
+  constexpr int kCount = kVectors<Param, State>;
+  Element<Rule, V> elements[kCount];
+  const auto load = [&](auto* address, auto field) {
+    constexpr int64_t kBlockBytes = kStride<Param, State> * sizeof(*address);
+    for (int64_t byte = 0; byte < kBlockBytes; byte += kVectorBytes) {
+      __builtin_prefetch(reinterpret_cast<const char*>(address) + kPrefetchBytes + byte);
     }
+    V block[kCount];
+    load_block(address, block);
+    if (sizeof(*address) == sizeof(T)) clean_block<Param>(block);  // a 16-bit NaN comes clean from memory
+    for (int v = 0; v < kCount; ++v) field(elements[v]) = block[v];
+  };
+  const auto store = [&](auto* address, auto field) {
+    V block[kCount];
+    for (int v = 0; v < kCount; ++v) block[v] = field(elements[v]);
+    store_block(address, block);
+  };
+  const auto param = [](auto& element) -> V& { return element.param; };
+  const auto gradient = [](auto& element) -> V& { return element.grad; };
+  const auto state = [](int s) { return [s](auto& element) -> V& { return element.state[s]; }; };
+  const auto max_exp_avg_sq = [](auto& element) -> V& { return element.max_exp_avg_sq; };
+  const auto master_weights = [](auto& element) -> V& { return element.master_weights; };
+  for (int64_t i = begin; i < end; i += kStride<Param, State>) {
+    load(at<Param>(line.param, i), param);
+    if (kBuffers.has_grad) load(at<Param>(grad, i), gradient);
+    for (int s = 0; s < Rule::kNumStates; ++s) load(at<State>(line.state[s], i), state(s));
+    if (kBuffers.has_max_exp_avg_sq) load(at<State>(line.state[kMaxExpAvgSq], i), max_exp_avg_sq);
+    if constexpr (kBuffers.has_master_weights) load(at<T>(line.master_weights, i), master_weights);
+
+    run_element<Rule, Param, State>(elements[0], hyper, kBuffers);
+    if constexpr (kMultipliesRoots<Param>) {
+      run_element<Rule, Param, State, MultipliedRoots>(elements[1], hyper, kBuffers);
+    } else if constexpr (kCount == 2) {
+      run_element<Rule, Param, State>(elements[1], hyper, kBuffers);
+    }
+    if constexpr (std::is_same<Param, BFloat16>::value) {
+      for (auto& element : elements) element.param = Numeric<V>::template round<Param>(element.param);
+    }
+
+    store(at<Param>(line.param, i), param);
+    if constexpr (kBuffers.has_master_weights) store(at<T>(line.master_weights, i), master_weights);
+    if (!kBuffers.has_grad) continue;  // a swap changes no state, so it writes none
+    for (int s = 0; s < Rule::kNumStates; ++s) store(at<State>(line.state[s], i), state(s));
+    if (kBuffers.has_max_exp_avg_sq) store(at<State>(line.state[kMaxExpAvgSq], i), max_exp_avg_sq);
   }
 }
 
@@ -61,11 +96,12 @@ template <class Rule, class Param, class State, int kFlags = 0> Loop<Rule, Param
   return nullptr;
 }
 
-// The last elements of a tensor, too few for a vector, run in a vector's worth of memory of every buffer.
+// The last elements of a tensor, too few for a block, run in a block's worth of memory of every buffer.
 template <class Rule, class Param, class State>
 void run_tail(Loop<Rule, Param> loop, const Piece& piece, int64_t begin, const Hyper<Rule, Compute<Param>>& hyper) {
   constexpr int kBuffers = 3 + kMaxStates;
-  alignas(kVectorBytes) char memory[kBuffers][kVectorBytes] = {};
+  constexpr int64_t kBlockBytes = kStride<Param, State> * sizeof(Compute<Param>);
+  alignas(kVectorBytes) char memory[kBuffers][kBlockBytes] = {};
   int used = 0;
   const int64_t count = piece.offset + piece.count - begin;
   const auto copy_in = [&](int64_t address, int64_t size) -> int64_t {
@@ -83,7 +119,7 @@ void run_tail(Loop<Rule, Param> loop, const Piece& piece, int64_t begin, const H
   const int64_t grad_copy = copy_in(piece.grad, sizeof(Param));
   for (int i = 0; i < kMaxStates; ++i) copies.state[i] = copy_in(line.state[i], sizeof(State));
   copies.master_weights = copy_in(line.master_weights, sizeof(Compute<Param>));
-  loop(copies, grad_copy, 0, kLanes<Compute<Param>>, hyper);
+  loop(copies, grad_copy, 0, kStride<Param, State>, hyper);
   copy_back(copies.param, line.param, sizeof(Param));
   copy_back(copies.master_weights, line.master_weights, sizeof(Compute<Param>));
   if (piece.grad == 0) return;
@@ -92,7 +128,7 @@ void run_tail(Loop<Rule, Param> loop, const Piece& piece, int64_t begin, const H
 
 template <class Rule, class Param, class State>
 void run_piece(const Piece& piece, const Hyper<Rule, Compute<Param>>& hyper) {
-  constexpr int64_t kLength = kLanes<Compute<Param>>;
+  constexpr int64_t kLength = kStride<Param, State>;
   const int64_t end = piece.offset + piece.count, whole = piece.offset + piece.count / kLength * kLength;
   const Buffers buffers{piece.grad != 0, piece.line.state[kMaxExpAvgSq] != 0, piece.line.master_weights != 0};
   const Loop<Rule, Param> loop = find_loop<Rule, Param, State>(buffers);

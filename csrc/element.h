@@ -15,7 +15,7 @@ template <class S> struct StepHyper {
 template <class Rule, class S>
 struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template DirectionHyper<S> {
   typename Rule::template DirectionHyper<S> prev;
-  bool restores, decays, predicts;  // compared with 0 here, not for each element
+  bool restores, scales, decays, shrinks, predicts;  // compared here, not for each element
 
   XGRAD_HD explicit Hyper(const S* row) {
     read(row, static_cast<StepHyper<S>&>(*this));
@@ -23,7 +23,9 @@ struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template D
     read(row, static_cast<typename Rule::template DirectionHyper<S>&>(*this));
     read(row, prev);
     restores = this->shift_prev != 0;  // 0 * delta may be NaN, which must not reach the weights
+    scales = this->grad_factor != 1;
     decays = this->weight_decay != 0;
+    shrinks = this->decay_factor != 1;
     predicts = this->shift != 0;
   }
 
@@ -73,17 +75,17 @@ template <class Rule, class T> struct Element {
 };
 
 // delta; amsgrad's running maximum stands in for the second moment.
-template <class Rule, class T, class DirectionHyper>
+template <class Number, class Rule, class T, class DirectionHyper>
 XGRAD_HD T direction_of(const Element<Rule, T>& element, const DirectionHyper& hyper, Buffers buffers) {
   if constexpr (Rule::kSecondMoment >= 0) {
     if (buffers.has_max_exp_avg_sq) {
       T state[Rule::kNumStates];
       for (int i = 0; i < Rule::kNumStates; ++i) state[i] = element.state[i];
       state[Rule::kSecondMoment] = element.max_exp_avg_sq;
-      return Rule::direction(state, hyper);
+      return Rule::template direction<Number>(state, hyper);
     }
   }
-  return Rule::direction(element.state, hyper);
+  return Rule::template direction<Number>(element.state, hyper);
 }
 
 // delta as predictions use it: rows that join with zeros for their state must not be moved by 0 / 0.
@@ -93,12 +95,11 @@ template <class Rule, class T> XGRAD_HD T predicted(T delta, const Element<Rule,
 }
 
 // theta = R(theta_hat + d): exact, because theta_hat was made from a theta for which it is.
-template <class Rule, class Param, class T, class Hyper>
+template <class Rule, class Param, class Number, class T, class Hyper>
 XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  using Number = Numeric<T>;
   T displacement{};
   if (hyper.restores) {
-    displacement = hyper.shift_prev * predicted(direction_of(element, hyper.prev, buffers), element);
+    displacement = hyper.shift_prev * predicted(direction_of<Number>(element, hyper.prev, buffers), element);
   }
   if (!buffers.has_master_weights) {
     if (!hyper.restores) return element.param;
@@ -117,7 +118,8 @@ XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers 
 // that it can be computed again.
 template <class Rule, class State, class T, class Hyper>
 XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  T grad = hyper.grad_factor * element.grad;
+  T grad = element.grad;
+  if (hyper.scales) grad = hyper.grad_factor * grad;
   if (hyper.decays) grad = grad + hyper.weight_decay * theta;
   Rule::accumulate(grad, element.state, hyper);
   if constexpr (Rule::kSecondMoment >= 0) {
@@ -127,7 +129,7 @@ XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper&
     }
   }
   for (T& values : element.state) values = Numeric<T>::template round<State>(values);
-  return theta * hyper.decay_factor;
+  return hyper.shrinks ? theta * hyper.decay_factor : theta;
 }
 
 // theta_hat = R(theta - d), from the theta next to it that survives the round trip.
@@ -144,17 +146,17 @@ XGRAD_HD T predict(T theta, T delta, const Element<Rule, T>& element, const Hype
 }
 
 // Param and State are the storage types; the element's numbers go in and come out as the storage holds them, but for
-// `param`, which the store rounds.
-template <class Rule, class Param, class State, class T, class Hyper>
+// `param`, which the store rounds. Undo takes the roots of the prediction that is undone.
+template <class Rule, class Param, class State, template <class> class Undo = Numeric, class T, class Hyper>
 XGRAD_HD void run_element(Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  T theta = restore<Rule, Param>(element, hyper, buffers), delta{};
+  T theta = restore<Rule, Param, Undo<T>>(element, hyper, buffers), delta{};
   if (buffers.has_grad) {
     theta = decay_and_accumulate<Rule, State>(theta, element, hyper, buffers);
-    delta = direction_of(element, hyper, buffers);  // once for update and prediction: a division and a root
+    delta = direction_of<Numeric<T>>(element, hyper, buffers);  // once for update and prediction: a division and a root
     theta = theta - hyper.step_size * delta;
     if (!buffers.has_master_weights) theta = Numeric<T>::template round<Param>(theta);
   } else if (hyper.predicts) {
-    delta = direction_of(element, hyper, buffers);
+    delta = direction_of<Numeric<T>>(element, hyper, buffers);
   }
   element.master_weights = theta;
   element.param = predict<Rule, Param>(theta, delta, element, hyper, buffers);

@@ -67,15 +67,10 @@ template <class F, class U> XGRAD_HD F widen(U half, Float16) {
 }
 
 // A float's bits to those of the nearest BFloat16, which are their upper half; ties to even. A NaN must be a clean one,
-// whose lower half is 0: in another the carry might run through the exponent.
+// whose lower half is 0: in another the carry might run through the exponent. The upper half's last bit makes a tie more
+// than one where it is odd, and nothing else of another lower half.
 template <class U> XGRAD_HD U round_to_upper_half(U bits) {
-  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-}
-
-// The BFloat16 that a float is; any NaN the quiet one that torch writes.
-template <class U, class F> XGRAD_HD U upper_half(F x) {
-  const U quiet_nan = U{} + 0x7FC0u;
-  return x != x ? quiet_nan : bit_cast<U>(x) >> 16;
+  return ((bits | ((bits >> 16) & 1u)) + 0x7FFFu) & 0xFFFF0000u;
 }
 
 // The number with a clean NaN, where numbers are rounded to Storage. No operation makes others of clean ones.

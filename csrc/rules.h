@@ -7,7 +7,7 @@
 // xgrad_optim/rule.py, in order)
 //   coefficients(options, step, row) fills the rule's columns, and step_size, for the step of this number, from 1
 //   accumulate(grad, state, hyper)   advance the state with this gradient
-//   direction(state, hyper)          delta, the update direction
+//   direction<Number>(state, hyper)  delta, the update direction; Number takes roots, as Numeric<T> does
 // Its first state is the momentum, which has no displacement where it is 0.
 #pragma once
 
@@ -44,7 +44,8 @@ struct Sgdm {
     }
   }
 
-  template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper&) {
+  template <class Number, class T, class Hyper>
+  XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper&) {
     return state[kMomentumBuffer];
   }
 };
@@ -83,8 +84,9 @@ struct Adam : TwoMoments {
     exp_avg_sq = hyper.beta2 * exp_avg_sq + hyper.one_minus_beta2 * (grad * grad);
   }
 
-  template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
-    const T root = Numeric<T>::square_root(state[kExpAvgSq]);
+  template <class Number, class T, class Hyper>
+  XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
+    const T root = Number::square_root(state[kExpAvgSq]);
     return state[kExpAvg] / (root * hyper.rsqrt_bias_correction2 + hyper.eps);
   }
 };
@@ -114,8 +116,9 @@ struct AdaM3 : TwoMoments {
     exp_avg_sq = hyper.beta2 * exp_avg_sq + hyper.one_minus_beta2 * (exp_avg * exp_avg) + hyper.eps;
   }
 
-  template <class T, class Hyper> XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
-    const T denom = Numeric<T>::square_root(state[kExpAvgSq]) * hyper.rsqrt_bias_correction2;
+  template <class Number, class T, class Hyper>
+  XGRAD_HD static T direction(const T (&state)[kNumStates], const Hyper& hyper) {
+    const T denom = Number::square_root(state[kExpAvgSq]) * hyper.rsqrt_bias_correction2;
     const T one = T{} + 1;
     return state[kExpAvg] / (state[kExpAvg] == 0 ? one : denom);  // zero momentum stays zero, over a zero too
   }

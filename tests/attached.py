@@ -4,16 +4,12 @@ import pytest
 import torch
 from cases import small_model, train_step
 from torch import nn
+from training import clones
 
 from xgrad_optim import XAdamW
 
 X = torch.randn(16, 5, generator=torch.Generator().manual_seed(7))
-either_precision = pytest.mark.parametrize("master_weights", [False, True], ids=["plain", "master"])
 either_mode = pytest.mark.parametrize("mode", [True, False], ids=["predicted", "true"])
-
-
-def clones(params):
-    return [param.detach().clone() for param in params]
 
 
 def equal(tensors, others):

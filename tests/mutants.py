@@ -6,7 +6,7 @@ tests that tests/mutants.toml names for their file, the quickest first. It also 
 
     make mutants                                       # or: python tests/mutants.py, where cosmic-ray is installed
     python tests/mutants.py --number 50 --seed 2 --files 'plan|numbers'
-    python tests/mutants.py --again                    # only those that survived the last run
+    python tests/mutants.py --again                    # those that survived the last run, with further tests
 
 Results are printed, and kept in build/mutants.json.
 """
@@ -288,12 +288,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws them")
     parser.add_argument("--files", default="", help="a regular expression of their files")
     parser.add_argument("--workers", type=int, default=2, help="how many mutants run at a time")
-    parser.add_argument("--again", action="store_true", help="run those that survived the last run")
+    parser.add_argument("--again", action="store_true", help="run further tests on those that survived the last run")
     arguments = parser.parse_args()
     config = tomllib.loads(CONFIG.read_text())
     if arguments.again:
-        for tests in config["tests"].values():
-            tests += [test for test in config["tests"]["again"] if test not in tests]
+        for name, tests in config["tests"].items():
+            config["tests"][name] = [test for test in config["tests"]["again"] if test not in tests]
         last = json.loads(REPORT.read_text())
         mutants = [Mutant(*(each[name] for name in Mutant._fields)) for each in last if not each["killer"]]
     else:

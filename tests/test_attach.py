@@ -7,11 +7,12 @@ clients.md a test is about.
 
 import pytest
 import torch
-from attached import Normalized, Watch, X, attached, both_weights, clones, either_precision, equal
+from attached import Normalized, Watch, X, attached, both_weights, equal
 from cases import every_optimizer, loss_of, small_model, train_step
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
+from training import clones, either_precision
 
 from xgrad_optim import XAdamW
 

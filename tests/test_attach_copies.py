@@ -12,11 +12,12 @@ import warnings
 
 import pytest
 import torch
-from attached import Normalized, Watch, X, attached, both_weights, clones, either_mode, equal, go_on, hooks_of
+from attached import Normalized, Watch, X, attached, both_weights, either_mode, equal, go_on, hooks_of
 from cases import small_model, train_step
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from training import clones
 
 from xgrad_optim import XAdamW
 

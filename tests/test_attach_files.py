@@ -10,9 +10,10 @@ import warnings
 
 import pytest
 import torch
-from attached import X, attached, both_weights, clones, either_mode, either_precision, equal, go_on
+from attached import X, attached, both_weights, either_mode, equal, go_on
 from cases import every_optimizer, small_model, train_step
 from torch import nn
+from training import clones, either_precision
 
 from xgrad_optim import XAdamW
 

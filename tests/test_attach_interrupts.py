@@ -12,10 +12,11 @@ from itertools import count
 
 import pytest
 import torch
-from attached import Normalized, Watch, X, attached, both_weights, clones, equal, hooks_of, set_mode
+from attached import Normalized, Watch, X, attached, both_weights, equal, hooks_of, set_mode
 from cases import small_model, train_step
 from interrupts import Interrupt, in_modules, is_interrupted
 from torch import nn
+from training import clones
 
 from xgrad_optim import XSGDM, XAdamW
 

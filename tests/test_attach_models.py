@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from attached import Normalized, Watch, X, attached, both_weights, clones, equal, hooks_of, set_mode
+from attached import Normalized, Watch, X, attached, both_weights, equal, hooks_of, set_mode
 from cases import loss_of, small_model, train_step
 from torch import nn
 from torch.nn.parallel import DataParallel
+from training import clones
 
 from xgrad_optim import XSGDM, XAdamW
 

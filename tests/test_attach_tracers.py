@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from attached import X, attached, both_weights, clones, equal, set_mode
+from attached import X, attached, both_weights, equal, set_mode
 from cases import loss_of, small_model, train_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from training import clones
 
 from xgrad_optim import XAdamW
 

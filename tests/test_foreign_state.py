@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from cases import every_optimizer
+from family import RULES
 
 from xgrad_optim import XAdamW
 
@@ -173,8 +174,9 @@ def replace_rows(optimizer, cut, takes):
     return new
 
 
+BUFFERS = {key for rule in RULES.values() for key in (*rule.state_keys, "max_exp_avg_sq")}
 TAKES = {
-    "by name": lambda key, value, param: key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"),
+    "by name": lambda key, value, param: key in BUFFERS,
     "by shape": lambda key, value, param: value.shape == param.shape,
     "by dimension": lambda key, value, param: value.dim() > 0,
 }

@@ -102,6 +102,10 @@ def test_every_16_bit_number_and_tie_is_converted_as_torch_does(dtype, isa, monk
     halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     twins = Twins(XSGDM, [halves], lr=1.0, momentum=0.5, dampening=0.25)
     twins.step([halves.flip(0)])
+    if dtype is torch.bfloat16:
+        param = twins.params["cpu"][0]
+        for stored in (param.detach(), twins.optimizers["cpu"].state[param]["momentum_buffer"]):
+            assert stored[stored.isnan()].view(torch.int16).unique().tolist() == [0x7FC0]
     between = halves.float() * torch.linspace(0.9, 1.1, halves.numel())
     edges = torch.tensor([65519.0, 65520.0, 65535.9, 2.0**-25, 2.0**-24, 1.5 * 2.0**-24, 6.1e-5, 3.3e38, 3.4e38, 1e-41])
     master = Twins(XSGDM, [torch.zeros(halves.numel() + 10, dtype=dtype)], lr=1.0, momentum=0.0, master_weights=True)

@@ -81,10 +81,10 @@ SET_BY_HAND = [
 @pytest.mark.parametrize("cls, name, value", SET_BY_HAND, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_an_option_that_is_set_by_hand_is_obeyed_as_by_torch_optim(cls, name, value, predicts):
     ours, theirs = filled(5), filled(5)
-    make_base = MEMBERS[cls].make_base
+    like, training = MEMBERS[cls].like, MEMBERS[cls].training
     optimizers = [
-        (cls([ours], lr=0.01, weight_decay=0.1, prediction_steps=2.0 if predicts else 0.0), ours),
-        (make_base([theirs], lr=0.01, weight_decay=0.1), theirs),
+        (cls([ours], lr=0.01, weight_decay=0.1, prediction_steps=2.0 if predicts else 0.0, **training), ours),
+        (like([theirs], lr=0.01, weight_decay=0.1, **training), theirs),
     ]
     for optimizer, param in optimizers:
         for seed in range(4):

@@ -12,8 +12,9 @@ import warnings
 
 import pytest
 import torch
-from attached import clones, either_precision, equal
+from attached import equal
 from cases import every_optimizer
+from training import clones, either_precision
 from wrappers import either_wrapper
 
 from xgrad_optim import XAdamW

@@ -1,6 +1,7 @@
 """Checkpoints go from torch.optim to its X class and back. A loaded state without prediction numbers means theta."""
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from family import FAMILY, MEMBERS
 from training import (
     PARAM,
+    assert_goes_on_alike,
     assert_same_bits,
     cloned_params,
     feed,
@@ -138,6 +140,22 @@ def test_a_torch_checkpoint_of_a_16_bit_model_goes_on_with_master_weights(base, 
         for param, wide_param in zip(our_params, wide_params, strict=True):
             assert_same_bits(ours.state[param]["master_weights"], wide_param)
             assert_same_bits(param, wide_param.to(torch.bfloat16))
+
+
+def test_a_buffer_that_a_rule_can_do_without_is_zero_where_a_checkpoint_lacks_it(monkeypatch):
+    """As torch.optim.RMSprop has no momentum_buffer where momentum is 0."""
+    saved, params = trained(XAdam)
+    saved.eval()
+    lacking = copy.deepcopy(saved.state_dict())
+    for state in lacking["state"].values():
+        state["exp_avg"].zero_()
+    monkeypatch.setattr(XAdam, "rule", dataclasses.replace(XAdam.rule, required_state=("step", "exp_avg_sq")))
+    resumed = [(XAdam(its_params), its_params) for its_params in (cloned_params(params), cloned_params(params))]
+    resumed[0][0].load_state_dict(lacking)
+    for state in lacking["state"].values():
+        del state["exp_avg"]
+    resumed[1][0].load_state_dict(lacking)
+    assert_goes_on_alike(*resumed[0], *resumed[1])
 
 
 @pytest.mark.parametrize("source, target", [(XAdam, XAdamW), (XAdamW, XAdam)], ids=name_of)

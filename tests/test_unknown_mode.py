@@ -9,8 +9,9 @@ import pickle
 
 import pytest
 import torch
-from attached import Watch, X, attached, both_weights, clones, either_mode, either_precision, equal
+from attached import Watch, X, attached, both_weights, either_mode, equal
 from cases import train_step
+from training import clones, either_precision
 
 from xgrad_optim import XAdamW
 

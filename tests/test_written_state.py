@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 import torch
-from attached import clones, either_precision, equal
+from attached import equal
 from cases import every_optimizer
+from training import clones, either_precision
 from twins import needs_library
 
 pytestmark = needs_library

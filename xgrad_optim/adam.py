@@ -146,7 +146,7 @@ class XAdamW(XAdam):
         amsgrad: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **common)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
 
 
 class AdamVariant(XGradOptimizer):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xgrad_optim.inventory import Groups
 from xgrad_optim.layout import DTensor, place_like
 from xgrad_optim.notes import warn
 from xgrad_optim.options import EXECUTION_OPTIONS, checked_options
-from xgrad_optim.plan import Groups, round_trip
+from xgrad_optim.plan import round_trip
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.state import state_dtype
 
@@ -125,7 +126,10 @@ def load_param_state(rule: Rule, saved_id: Any, param: Tensor, saved: Any) -> di
             )
     numbers = {key: _number(f"{where}: {key!r}", saved[key]) for key in rule.number_keys if key in saved}
     dtype = state_dtype(param, buffers)  # torch's own load_state_dict would round to the parameter's
-    return foreign | numbers | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
+    # torch.optim keeps no buffer that its options leave unused, as momentum=0 does.
+    unused = [key for key in rule.state_keys if key not in buffers]
+    zeros = {key: torch.zeros_like(param, dtype=dtype, requires_grad=False) for key in unused}
+    return foreign | numbers | zeros | {key: _like(param, buffer, dtype) for key, buffer in buffers.items()}
 
 
 def _moved(param: Tensor, value: Any) -> Any:

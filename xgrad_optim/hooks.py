@@ -76,7 +76,6 @@ class Attachment:
                 handle.remove()
             if not attachments_of(module):
                 uncover(module)
-        self._handles.clear()
         # Where another attachment covers some of the same modules, its hooks were these.
         self.switch.extend()
 

@@ -65,7 +65,7 @@ class PredictingOptimizer(Optimizer):
 
         Where only a device knows (a captured graph was replayed), this waits for it, once.
         """
-        return bool(self._planner.predicted(self._planned[1]))
+        return bool(self._planner.inventory.predicted(self._planned[1]))
 
     @alone
     def eval(self) -> None:
@@ -103,7 +103,7 @@ class PredictingOptimizer(Optimizer):
 
     @alone
     def _open(self, pin: Pin) -> None:
-        pin.was_predicted = self._planner.predicted(self._planned[1])  # nobody waits for a flag on a device
+        pin.was_predicted = self._planner.inventory.predicted(self._planned[1])  # nobody waits for a flag on a device
         self._switch.pins.add(pin)
         self.eval()
 
@@ -168,12 +168,12 @@ class PredictingOptimizer(Optimizer):
         if target is not False:
             self._switch.check_not_replaced()
         # Trainers call train() before every batch.
-        if self._switch.position is target and self._planner.is_current(*self._planned):
+        if self._switch.position is target and self._planner.inventory.is_current(*self._planned):
             return
         if target is False:
             self._check_loaded()
         self._planner.swap(*self._planned, target)
-        self._switch.turn(target if isinstance(target, bool) and self._planner.is_known else None)
+        self._switch.turn(target if isinstance(target, bool) and self._planner.inventory.is_known else None)
 
     def _check_loaded(self) -> None:
         """Look once at what the parameters hold, when a state that calls it theta_hat is first used with them."""

@@ -1,8 +1,7 @@
-"""Which launches the next step or swap runs, and whether the last ones still fit."""
+"""Which launches the next step or swap runs: the last ones, where they still fit, or new ones."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from itertools import chain, repeat
-from operator import is_, itemgetter
+from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy
@@ -11,30 +10,24 @@ from torch import Tensor
 
 from xgrad_optim import backends
 from xgrad_optim.backends import Runner
+from xgrad_optim.inventory import Groups, Inventory, States, as_dict, params_of
 from xgrad_optim.launch import Launch, Member
 from xgrad_optim.layout import DTensor, is_flat, local, owns_memory, place_like
 from xgrad_optim.notes import warn
-from xgrad_optim.numbers import PREDICTED, STEP, UNKNOWN, HostNumbers, Numbers, is_capturing, make_numbers
-from xgrad_optim.options import SWITCHES, checked_options
+from xgrad_optim.numbers import PREDICTED, STEP, UNKNOWN, HostNumbers, Numbers, is_capturing
+from xgrad_optim.options import checked_options
 from xgrad_optim.rows import HOST, UNSCALED, Scaling, Target
 from xgrad_optim.rule import Options, Rule
-from xgrad_optim.settle import Known, find_leaving
+from xgrad_optim.settle import find_leaving
 from xgrad_optim.state import (
     State,
     check_gradient,
-    check_memory,
-    check_state,
-    fit_dtype,
     follow_options,
     follows_options,
     has_state,
     new_state,
     warn_of_lost_options,
 )
-
-Groups = list[dict[str, Any]]
-
-States = MutableMapping[Tensor, Any]
 
 _NOT_FLAT = {"backend": "torch", "foreach": None, "fused": None}
 """Options for tensors that are not one flat range in memory each, which no kernel over addresses takes."""
@@ -151,13 +144,14 @@ class Plan:
 
 
 class Planner:
-    """The plans of one optimizer, and all that they were built from, which is compared before each use.
+    """The plans of one optimizer.
 
     Args:
         rule, name: of the optimizer.
         begin: called right before parameters change, with whether that is a swap.
 
     Attributes:
+        inventory: what there is to step and to swap.
         last_step: its plan, or None.
         builds: how often a step was planned; a steady step adds nothing.
     """
@@ -169,16 +163,10 @@ class Planner:
 
     def clear(self) -> None:
         """Forget everything: the state was replaced as a whole."""
-        self._numbers: dict[torch.device, Numbers] = {}
-        self._places: dict[Tensor, tuple[Numbers, int]] = {}
-        self._known: dict[Tensor, Known] = {}
+        self.inventory = Inventory(self._rule)
         self._left: list[Tensor] = []
-        self._seen_groups: list[object] = []
-        self._seen_switches: list[object] = []
-        self._seen_state: list[object] = [None]
         self._seen_shifts: list[float] = []
         self._frozen: set[Tensor] = set()
-        self._get_contents: Callable[[Any], tuple[object, ...]] = itemgetter(*self._rule.state_keys, "step")
         self._drop_plans()
 
     def _drop_plans(self) -> None:
@@ -202,18 +190,18 @@ class Planner:
         given = active(groups) if plan is None or plan.is_sharded else None
         if plan is None or not self._fits(plan, given):
             plan = self._plan_step(groups, state, given or active(groups))
-        if scaling.is_skipped(waits=HOST in self._numbers):
-            return self.are_all_predicted
+        if scaling.is_skipped(waits=HOST in self.inventory.numbers):
+            return self.inventory.are_all_predicted
         if plan.params:
             self._begin(False)
         plan.run(None, scaling)
         self._end()
-        if len(plan.params) == len(self._known):
-            return (plan.is_sure and scaling is UNSCALED) or self.are_all_predicted
+        if len(plan.params) == len(self.inventory.known):
+            return (plan.is_sure and scaling is UNSCALED) or self.inventory.are_all_predicted
         self._swaps = {}  # parameters that share a row of theirs are no longer in step
-        if not self.are_all_predicted:
+        if not self.inventory.are_all_predicted:
             self.swap(groups, state, True, scaling, but=plan.params)
-        return self.are_all_predicted
+        return self.inventory.are_all_predicted
 
     def _fits(self, plan: Plan, given: Active | None) -> bool:
         """Whether the next step takes the parameters of the last one, and their tensors are as they were."""
@@ -238,7 +226,7 @@ class Planner:
         if plan.params:
             self._begin(True)
         plan.run(target, scaling)
-        for numbers in self._numbers.values():
+        for numbers in self.inventory.numbers.values():
             numbers.note_unmoved(target)
         self._end()
 
@@ -247,10 +235,10 @@ class Planner:
 
         For who writes that buffer without a step of ours. Such parameters have their numbers on the host.
         """
-        numbers = self._numbers.get(HOST)
+        numbers = self.inventory.numbers.get(HOST)
         if not shifts or not isinstance(numbers, HostNumbers):
             return
-        numbers.displace([self._places[param][1] for param in shifts], [*shifts.values()])
+        numbers.displace([self.inventory.places[param][1] for param in shifts], [*shifts.values()])
         present = numbers.shifts()
         if any(shifts.values()) and present != self._seen_shifts:
             self._swaps, self._seen_shifts = {}, present  # who shared a row may not do so any more
@@ -260,69 +248,14 @@ class Planner:
         if target not in self._swaps:
             return None
         moved, plan = self._swaps[target]
-        if moved != self._to_move(target) or not plan.read(None) or not plan.check_writes():
+        if moved != self.inventory.to_move(target) or not plan.read(None) or not plan.check_writes():
             return None
         return plan
-
-    def _to_move(self, target: bool | Tensor) -> list[list[int]]:
-        return [numbers.to_move(target) for numbers in self._numbers.values()]
 
     def _end(self) -> None:
         if torch.__future__.get_swap_module_params_on_conversion():
             # torch.utils.swap_tensors refuses tensors that somebody holds.
             self._drop_plans()
-
-    # -- what the parameters hold --------------------------------------------------------------------------------
-
-    @property
-    def are_all_predicted(self) -> bool:
-        """Whether every parameter holds theta_hat, as far as the host knows."""
-        return all(not (numbers.modes() != 1).any() for numbers in self._numbers.values())
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the host knows what every parameter holds."""
-        return not any(bool((numbers.modes() == UNKNOWN).any()) for numbers in self._numbers.values())
-
-    def predicted(self, state: States) -> bool | Tensor:
-        """Whether any parameter holds theta_hat; as a flag on the device where only that knows."""
-        if self._holds_state(state):
-            modes = numpy.concatenate([[0], *(numbers.modes() for numbers in self._numbers.values())])
-            if (modes == 1).any() or not (modes == UNKNOWN).any():
-                return bool((modes == 1).any())
-        flags = [values["predicted"] for values in map(_as_dict, state.values()) if "predicted" in values]
-        remote = [flag for flag in flags if isinstance(flag, Tensor) and not flag.is_cpu]
-        if any(bool(flag) for flag in flags if not isinstance(flag, Tensor) or flag.is_cpu):
-            return True
-        by_device = {flag.device: [other for other in remote if other.device == flag.device] for flag in remote}
-        reduced = [torch.stack(flags).any() for flags in by_device.values()]
-        return reduced[0] if len(reduced) == 1 else any(map(bool, reduced))
-
-    def _holds_state(self, state: States) -> bool:
-        """Whether the state is made of the very objects that were last looked at, and its numbers are ours."""
-        is_untouched = all(numbers.is_untouched for numbers in self._numbers.values())
-        return is_untouched and _are_same(self._seen_state, self._contents(state))
-
-    def is_current(self, groups: Groups, state: States) -> bool:
-        """Whether groups and state are those that were last looked at."""
-        return self._holds_groups(groups) and self._holds_state(state)
-
-    def _holds_groups(self, groups: Groups) -> bool:
-        """Whether these are the groups that were last looked at, with the same parameters, and options but numbers."""
-        return _are_same(self._seen_groups, _members(groups)) and self._seen_switches == _switches(groups)
-
-    def _contents(self, state: States) -> list[object]:
-        """The parameters that have state, and what is in it."""
-        try:
-            if all(map(isinstance, state.values(), repeat(dict))):
-                return [*state, *chain.from_iterable(map(self._get_contents, state.values()))]
-        except KeyError:  # not all have the same buffers, or somebody keeps other things in there
-            pass
-        own = {param: values for param, values in state.items() if has_state(self._rule, values)}
-        keys = (*self._rule.number_keys, *self._rule.buffer_keys)
-        return [*own, *(values.get(key) for values in own.values() for key in keys)]
-
-    # -- what was built, and from what ---------------------------------------------------------------------------
 
     def note_frozen(self, groups: Groups) -> None:
         """What is frozen now holds theta from the coming step or swap on; what still has a gradient is stepped."""
@@ -330,87 +263,18 @@ class Planner:
             param for group in groups for param in group["params"] if not param.requires_grad and param.grad is None
         }
         if frozen != self._frozen:
-            self._seen_state = [None]  # makes the step or swap look
+            self.inventory.forget_look()
             self._frozen = frozen
 
     def _look(self, groups: Groups, state: States) -> None:
         """Bring numbers and plans in line with the groups and the state as they now are."""
-        if not self.is_current(groups, state):
-            self._tracked(groups, state)
+        if not self.inventory.is_current(groups, state):
+            self.inventory.tracked(groups, state)
             self._settle(groups, state)
             self._drop_plans()
-            self._track(groups, state)
+            self.inventory.follow(groups, state, self._drop_plans)
             if self._frozen:  # the state may just have been loaded
                 self._settle(groups, state)
-
-    def _track(self, groups: Groups, state: States, created: Mapping[Tensor, State] | None = None) -> None:
-        """Follow all parameters that have state, or get it from `created`, and bind their numbers."""
-        self._seen_state = [None]
-        tracked = self._tracked(groups, {**state, **(created or {})})
-        check_memory(groups, [param for param, _, _ in tracked])
-        for param, _, values in tracked:
-            fit_dtype(self._rule, param, values)
-        homes: dict[torch.device, dict[Tensor, State]] = {}
-        for param, group, values in tracked:
-            homes.setdefault(self._home(param, group, values), {})[param] = values
-        if homes.keys() != self._numbers.keys() or not all(
-            self._numbers[device].are_in(list(states), list(states.values())) for device, states in homes.items()
-        ):
-            self._bind(homes)
-        for param, group, values in tracked:
-            buffers = {key: values[key] for key in self._rule.buffer_keys if key in values}
-            if param in self._known and not _are_same([*buffers.values()], [*self._known[param].buffers.values()]):
-                numbers, index = self._places[param]
-                numbers.versions[index] = UNKNOWN  # other tensors have other counters
-            self._known[param] = Known(group, buffers)
-        if not created:
-            self._see(groups, state)
-
-    def _tracked(self, groups: Groups, state: Mapping[Tensor, Any]) -> list[tuple[Tensor, Options, State]]:
-        """The parameters that have state, with their options and the state, which is checked."""
-        members = [(param, group, _as_dict(state.get(param))) for param, group in _params_of(groups)]
-        tracked = [(param, group, values) for param, group, values in members if has_state(self._rule, values)]
-        for param, _, values in tracked:
-            check_state(self._rule, param, values)
-        return tracked
-
-    def _bind(self, homes: Mapping[torch.device, Mapping[Tensor, State]]) -> None:
-        self._drop_plans()
-        # Until all is bound there are no numbers, so that after an interrupt they are bound again.
-        before, self._numbers = self._numbers, {}
-        bound = {}
-        for device, states in homes.items():
-            numbers = before.get(device) or make_numbers(self._rule, device)
-            numbers.bind(list(states), list(states.values()))
-            bound[device] = numbers
-        self._places = {
-            param: (numbers, index) for numbers in bound.values() for index, param in enumerate(numbers.params)
-        }
-        self._known = {param: known for param, known in self._known.items() if param in self._places}
-        self._numbers = bound
-
-    def _see(self, groups: Groups, state: States) -> None:
-        """All that plans are built from, to compare it with what is there when they are used."""
-        self._seen_groups, self._seen_switches = _members(groups), _switches(groups)
-        buffers = [key for key in self._rule.buffer_keys if any(key in known.buffers for known in self._known.values())]
-        self._get_contents = itemgetter(*self._rule.number_keys, *buffers)
-        self._seen_state = self._contents(state)
-
-    def _home(self, param: Tensor, options: Options, state: State) -> torch.device:
-        """Where a parameter's numbers live: on the host; or beside it, as torch.optim's for capturable and fused."""
-        if param.device.type == "cpu" or not (options["capturable"] or options["fused"]):
-            return HOST
-        if is_flat(param, self._buffers(state)):
-            return param.device
-        if options["capturable"]:
-            raise RuntimeError(
-                "capturable=True needs a parameter and its state to lie in memory alike and without gaps, those of "
-                f"shape {tuple(param.shape)} do not: make them contiguous, or use capturable=False"
-            )
-        return HOST  # the torch back end runs it
-
-    def _buffers(self, state: State) -> list[Tensor]:
-        return [state[key] for key in self._rule.buffer_keys if key in state]
 
     def _plan_step(self, groups: Groups, state: States, given: Active) -> Plan:
         """Check everything, create the missing state and divide the step into launches."""
@@ -431,7 +295,7 @@ class Planner:
         }
         self._warn_of_replaced(created)
         warn_of_lost_options(self._rule, state, created, options)
-        self._track(groups, state, created)
+        self.inventory.follow(groups, state, self._drop_plans, created)
         members = {param: (options[param], created.get(param) or state[param]) for param in given.params}
         plan = self._launch(members, has_grad=True)
         if not plan.read(given.grads):
@@ -439,21 +303,21 @@ class Planner:
         plan.check_writes()
         for param, values in created.items():
             state[param].update(values)
-        self._see(groups, state)
-        self._idle = [param for param, _ in _params_of(groups) if param not in options]
+        self.inventory.see(groups, state)
+        self._idle = [param for param, _ in params_of(groups) if param not in options]
         self.last_step, self._swaps, self.builds = plan, {}, self.builds + 1
         return plan
 
     def _plan_swap(self, groups: Groups, state: States, target: bool | Tensor, but: set[Tensor]) -> Plan:
         self._settle(groups, state)
-        self._track(groups, state)
-        moving = self._to_move(target)
+        self.inventory.follow(groups, state, self._drop_plans)
+        moving = self.inventory.to_move(target)
         params = [
             numbers.params[index]
-            for numbers, indices in zip(self._numbers.values(), moving, strict=True)
+            for numbers, indices in zip(self.inventory.numbers.values(), moving, strict=True)
             for index in indices
         ]
-        members = {param: (self._known[param].options, state[param]) for param in params if param not in but}
+        members = {param: (self.inventory.known[param].options, state[param]) for param in params if param not in but}
         plan = self._launch(members, has_grad=False)
         if not plan.read(None):
             raise RuntimeError(_UNSTEADY)
@@ -474,15 +338,15 @@ class Planner:
                 state[rule.state_keys[0]].dtype,
                 "max_exp_avg_sq" in state,
                 "master_weights" in state,
-                is_flat(param, self._buffers(state)),
-                id(self._places[param][0]),
+                is_flat(param, self.inventory.buffers(state)),
+                id(self.inventory.places[param][0]),
                 *(options[name] for name in ("backend", "foreach", "fused", "capturable")),
             )
             divided.setdefault(key, []).append(position)
         runs = []
         for key, positions in divided.items():
-            numbers = self._places[params[positions[0]]][0]
-            chosen = [Member(params[i], *members[params[i]], self._places[params[i]][1]) for i in positions]
+            numbers = self.inventory.places[params[positions[0]]][0]
+            chosen = [Member(params[i], *members[params[i]], self.inventory.places[params[i]][1]) for i in positions]
             vectors = [(numbers.vectors[member.index], numbers.views[member.index][STEP]) for member in chosen]
             launch = Launch(rule, chosen, positions, vectors, numbers.sources(chosen), has_grad)
             options = chosen[0].options if key[5] else {**chosen[0].options, **_NOT_FLAT}
@@ -494,7 +358,7 @@ class Planner:
         switched = [
             param
             for param, group in options.items()
-            if param in self._known and not follows_options(state[param], group)
+            if param in self.inventory.known and not follows_options(state[param], group)
         ]
         if switched:
             # theta_hat can only be undone with the buffers that made it.
@@ -507,10 +371,13 @@ class Planner:
     def _settle(self, groups: Groups, state: States) -> None:
         """Bring to theta what takes no more steps, so that the weights stay that somebody who froze a layer or reset an
         optimizer believes to be there."""
-        present = {param for param, _ in _params_of(groups)}
-        leaving = find_leaving(self._numbers.values(), self._known, present, self._frozen, state)
+        present = {param for param, _ in params_of(groups)}
+        leaving = find_leaving(self.inventory.numbers.values(), self.inventory.known, present, self._frozen, state)
         if leaving.undone:
-            members = {param: (self._known[param].options, self._known[param].buffers) for param in leaving.undone}
+            members = {
+                param: (self.inventory.known[param].options, self.inventory.known[param].buffers)
+                for param in leaving.undone
+            }
             plan = self._launch(members, has_grad=False)
             if plan.read(None):
                 self._begin(True)
@@ -519,7 +386,7 @@ class Planner:
         lost = [param for param in leaving.spoiled if not self._is_equal_still(param)]
         self._give_up(lost)
         for param in chain(leaving.undone, lost, leaving.settled):
-            numbers, index = self._places[param]
+            numbers, index = self.inventory.places[param]
             numbers.settle([index])
             values = state.get(param)
             if isinstance(values, dict) and values.get("predicted") is not numbers.views[index][PREDICTED]:
@@ -528,7 +395,7 @@ class Planner:
 
     def _is_equal_still(self, param: Tensor) -> bool:
         """Whether the state that somebody wrote to undoes the prediction all the same: it was copied there, say."""
-        (numbers, index), known = self._places[param], self._known[param]
+        (numbers, index), known = self.inventory.places[param], self.inventory.known[param]
         state = {**known.buffers, **dict(zip(self._rule.number_keys, numbers.views[index], strict=True))}
         is_held, is_moved = round_trip(self._rule, [{**known.options, "params": [param]}], {param: state})
         numbers.versions[index] = UNKNOWN
@@ -538,7 +405,7 @@ class Planner:
         """What these parameters hold is theta from now on, unless there is a copy of it."""
         without_copy = 0
         for param in lost:
-            master = self._known[param].buffers.get("master_weights")
+            master = self.inventory.known[param].buffers.get("master_weights")
             if master is not None:
                 local(param).copy_(local(master))
             without_copy += master is None
@@ -592,7 +459,7 @@ def _sample(rule: Rule, groups: Groups, state: Mapping[Tensor, Any]) -> tuple[Gr
     for group in groups:
         sampled_groups.append({**group, "params": []})
         for param in group["params"]:
-            values = _as_dict(state.get(param))
+            values = as_dict(state.get(param))
             if bool(values.get("predicted", False)):
                 piece = _first_elements(param).requires_grad_()
                 sampled_groups[-1]["params"].append(piece)
@@ -614,26 +481,3 @@ def _first_elements(tensor: Tensor) -> Tensor:
 def _weights(state: Mapping[Tensor, Any]) -> list[Tensor]:
     """In full: a master copy tells what a 16-bit parameter can't."""
     return [values.get("master_weights", param).clone() for param, values in state.items()] + [p.clone() for p in state]
-
-
-def _are_same(seen: Sequence[object], present: Sequence[object]) -> bool:
-    """Whether both hold the same objects. `==` would ask tensors that are not, and takes an equal one for the same."""
-    return len(seen) == len(present) and all(map(is_, seen, present))
-
-
-def _params_of(groups: Groups) -> Iterator[tuple[Tensor, Options]]:
-    return ((param, group) for group in groups for param in group["params"])
-
-
-def _members(groups: Groups) -> list[object]:
-    """Each group, and behind it its parameters: a parameter that changes groups changes this."""
-    return [*chain.from_iterable((group, *group["params"]) for group in groups)]
-
-
-def _switches(groups: Groups) -> list[object]:
-    return [group.get(name) for group in groups for name in SWITCHES]
-
-
-def _as_dict(values: Any) -> State:
-    """A parameter's state; anything else that somebody keeps in the optimizer's state counts as none."""
-    return values if isinstance(values, dict) else {}

@@ -282,7 +282,7 @@ class XGrad(PredictingOptimizer):
                 return None
             with recording_nothing():
                 result = self._step(arguments)
-            self._switch.turn(True if self._planner.are_all_predicted else None)
+            self._switch.turn(True if self._planner.inventory.are_all_predicted else None)
         return result
 
     def _step(self, arguments: tuple[Callable[[], Any], ...]) -> Any:
