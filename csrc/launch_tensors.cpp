@@ -27,14 +27,8 @@ constexpr int64_t kGrain = 512;  // tensors that are worth another thread: what 
 
 bool is_lazy(const Tensor& tensor) { return tensor.is_conj() || tensor.is_neg() || tensor._is_zerotensor(); }
 
-using Tensors = std::vector<Tensor>;
-
 // Tensors of inference mode have no counter.
 int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
-
-void bump_version(const Tensor& tensor) {
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-}
 
 // The sizes and strides of a parameter, which its buffers share.
 struct Layout {
@@ -80,8 +74,8 @@ class LaunchTensors : public torch::CustomClassHolder {
   // `tensors` holds the parameters, then as many for each further one of `columns`, the columns of the launch's table
   // where their addresses belong. `vectors` are the numbers of each parameter, `steps` the step counts in its state,
   // which are views of the vectors' beginnings.
-  LaunchTensors(const Tensors& tensors, std::vector<int64_t> columns, const Tensors& vectors,
-                const Tensors& steps, bool has_grad, bool writes_numbers)
+  LaunchTensors(const std::vector<Tensor>& tensors, std::vector<int64_t> columns, const std::vector<Tensor>& vectors,
+                const std::vector<Tensor>& steps, bool has_grad, bool writes_numbers)
       : columns_(std::move(columns)), has_grad_(has_grad), writes_numbers_(writes_numbers) {
     const int64_t n_columns = columns_.size();
     TORCH_CHECK(n_columns > 0 && columns_[0] == 0 && tensors.size() % n_columns == 0,
@@ -106,12 +100,8 @@ class LaunchTensors : public torch::CustomClassHolder {
   // parameter has no gradient that fits it, or a bound tensor other memory, another layout or another dtype than it had:
   // the tables are of no use then. `given` stands for the parameters' own gradients. The gradients whose addresses it
   // wrote are held until finish().
-  //
-  // `wholes` are the DTensors whose local shards the bound tensors are, in their order; both have version counters. They
-  // are handed over at each call: torch.utils.swap_tensors, with which modules convert them, refuses those held in C++.
   bool read(const Tensor& table, const Tensor& grad_addresses, const Tensor& versions,
-            const std::optional<Tensors>& given, const std::optional<Tensors>& wholes) {
-    check_wholes(wholes);
+            const std::optional<std::vector<Tensor>>& given) {
     int64_t* lines = numbers_of(table, "table", n_tensors_ * kLineLength);
     int64_t* grad_address = numbers_of(grad_addresses, "grad_addresses", has_grad_ ? n_tensors_ : 0);
     int64_t* version = numbers_of(versions, "versions", 2 * n_tensors_);
@@ -137,7 +127,7 @@ class LaunchTensors : public torch::CustomClassHolder {
             break;
           }
           write_line(i, numbers, lines + i * kLineLength);
-          read_versions(i, wholes, version + 2 * i);
+          read_versions(i, version + 2 * i);
           if (!has_grad_) continue;
           // A gradient is only read: asking for it so keeps copy-on-write tensors from being copied.
           grad_address[i] = reinterpret_cast<int64_t>(grads_[i].const_data_ptr());
@@ -156,17 +146,13 @@ class LaunchTensors : public torch::CustomClassHolder {
 
   // Tells autograd of a run, as torch's own in-place operators do, and lets the gradients go. Without gradients no state
   // buffer was written.
-  void finish(const std::optional<Tensors>& wholes) {
-    check_wholes(wholes);
+  void finish() {
     torch::stable::parallel_for(0, n_tensors_, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (size_t c = 0; c < columns_.size(); ++c) {
           const bool is_written = has_grad_ || columns_[c] == 0 || columns_[c] == kMasterWeightsColumn;
-          if (!is_written) continue;
-          bump_version(at(i, c).tensor);
-          if (!wholes) continue;
-          const Tensor& whole = (*wholes)[c * n_tensors_ + i];
-          if (!whole.is_same(at(i, c).tensor)) bump_version(whole);
+          const Tensor& tensor = at(i, c).tensor;
+          if (is_written && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
         }
       }
     });
@@ -174,10 +160,9 @@ class LaunchTensors : public torch::CustomClassHolder {
   }
 
   // The counts of read() as they are now.
-  void versions(const Tensor& versions, const std::optional<Tensors>& wholes) const {
-    check_wholes(wholes);
+  void versions(const Tensor& versions) const {
     int64_t* version = numbers_of(versions, "versions", 2 * n_tensors_);
-    for (int64_t i = 0; i < n_tensors_; ++i) read_versions(i, wholes, version + 2 * i);
+    for (int64_t i = 0; i < n_tensors_; ++i) read_versions(i, version + 2 * i);
   }
 
  private:
@@ -222,20 +207,10 @@ class LaunchTensors : public torch::CustomClassHolder {
     line[kNumbersColumn] = writes_numbers_ ? reinterpret_cast<int64_t>(numbers) : 0;
   }
 
-  void read_versions(int64_t i, const std::optional<Tensors>& wholes, int64_t* version) const {
-    version[0] = version[1] = 0;
-    for (size_t c = 0; c < columns_.size(); ++c) {
-      const Tensor& tensor = at(i, c).tensor;
-      version[c == 0 ? 0 : 1] += version_of(tensor);
-      if (!wholes) continue;
-      const Tensor& whole = (*wholes)[c * n_tensors_ + i];
-      if (!whole.is_same(tensor)) version[c == 0 ? 0 : 1] += version_of(whole);
-    }
-  }
-
-  void check_wholes(const std::optional<Tensors>& wholes) const {
-    TORCH_CHECK(!wholes || wholes->size() == bound_.size(), "LaunchTensors: expected ", bound_.size(), " wholes, got ",
-                wholes ? wholes->size() : 0);
+  void read_versions(int64_t i, int64_t* version) const {
+    version[0] = version_of(at(i, 0).tensor);
+    version[1] = 0;
+    for (size_t c = 1; c < columns_.size(); ++c) version[1] += version_of(at(i, c).tensor);
   }
 
   // Gradients that lie otherwise than their parameters are copied as these lie.
@@ -254,7 +229,7 @@ class LaunchTensors : public torch::CustomClassHolder {
   std::vector<Layout> layouts_;
   std::vector<Numbers> numbers_;
   std::vector<c10::Storage> storages_;  // where the numbers are; few
-  Tensors grads_;  // while a launch runs on them, another thread may take them from their parameters
+  std::vector<Tensor> grads_;  // while a launch runs on them, another thread may take them from their parameters
 };
 
 }  // namespace

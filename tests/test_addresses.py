@@ -261,17 +261,10 @@ def test_the_library_refuses_tables_that_do_not_fit():
         "versions must be": (table, grads, torch.zeros(1, dtype=torch.int64)),
     }.items():
         with pytest.raises(RuntimeError, match=message):
-            tensors.read(*tables, None, None)
+            tensors.read(*tables, None)
     with pytest.raises(RuntimeError, match="expected 1 gradients, got 2"):
-        tensors.read(table, grads, versions, [param, param], None)
-    for read in (
-        lambda wholes: tensors.read(table, grads, versions, None, wholes),
-        tensors.finish,
-        lambda wholes: tensors.versions(versions, wholes),
-    ):
-        with pytest.raises(RuntimeError, match="expected 1 wholes, got 0"):
-            read([])
-    assert tensors.read(table, grads, versions, None, None) and table[0, 0] == param.data_ptr()
+        tensors.read(table, grads, versions, [param, param])
+    assert tensors.read(table, grads, versions, None) and table[0, 0] == param.data_ptr()
 
 
 @needs_library

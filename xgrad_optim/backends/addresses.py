@@ -44,7 +44,8 @@ def follow(launch: Launch, writes_numbers: bool) -> Reader:
     reason = unavailable()
     if reason is not None:
         _note(reason)
-    return (NativeReader if reason is None else PythonReader)(launch, writes_numbers)
+    reader: Reader = (NativeReader if reason is None else PythonReader)(launch, writes_numbers)
+    return ShardReader(launch, reader) if any(isinstance(param, DTensor) for param in launch.params) else reader
 
 
 @cache
@@ -59,29 +60,13 @@ def unavailable() -> None:
     build.load(build.find_or_build(build.TENSORS))
 
 
-class _Shards:
-    """The memory of a launch's tensors: they themselves, or the local shards of DTensors, which may be replaced."""
-
-    def __init__(self, launch: Launch) -> None:
-        tensors = [tensor for slot in launch.slots.values() for tensor in slot]
-        self._shards = list(map(local, tensors))
-        self._wholes = tensors if any(isinstance(tensor, DTensor) for tensor in tensors) else None
-
-    def _are_replaced(self) -> bool:
-        return self._wholes is not None and not all(map(is_, map(local, self._wholes), self._shards))
-
-    def _shards_of(self, grads: list[Tensor] | None) -> list[Tensor] | None:
-        return grads if self._wholes is None or grads is None else list(map(local, grads))
-
-
-class NativeReader(_Shards):
+class NativeReader:
     """Holds the tensors, and asks the parameters for their gradients."""
 
     def __init__(self, launch: Launch, writes_numbers: bool) -> None:
-        super().__init__(launch)
         self._tables, columns = launch.tables, columns_of(launch.rule)
         self._tensors: Any = torch.classes.xgrad_optim.LaunchTensors(
-            self._shards,
+            [local(tensor) for slot in launch.slots.values() for tensor in slot],
             [columns[name] for name in launch.slots],
             [vector for vector, _ in launch.numbers],
             [step for _, step in launch.numbers],
@@ -91,30 +76,26 @@ class NativeReader(_Shards):
 
     def read(self, grads: list[Tensor] | None) -> bool:
         tables = self._tables
-        return not self._are_replaced() and self._tensors.read(
-            tables.table, tables.grads, tables.versions, self._shards_of(grads), self._wholes
-        )
+        return self._tensors.read(tables.table, tables.grads, tables.versions, grads)
 
     def finish(self) -> None:
-        self._tensors.finish(self._wholes)
+        self._tensors.finish()
 
     def versions(self) -> numpy.ndarray:
-        self._tensors.versions(self._tables.versions, self._wholes)
+        self._tensors.versions(self._tables.versions)
         return self._tables.counts
 
 
-class PythonReader(_Shards):
+class PythonReader:
     """The same, where no compiler is."""
 
     def __init__(self, launch: Launch, writes_numbers: bool) -> None:
-        super().__init__(launch)
         self._launch, self._tables = launch, launch.tables
         self._tensors = {name: list(map(local, slot)) for name, slot in launch.slots.items()}
         self._numbers, self._writes_numbers = launch.numbers, writes_numbers
         self._seen = self._look()
         self._held: list[Tensor] = []
-        wholes = [tensor for tensor in launch.written if isinstance(tensor, DTensor)]
-        self._written = [*map(local, launch.written), *wholes]  # each has a counter of its own
+        self._written = list(map(local, launch.written))
         columns = columns_of(launch.rule)
         for name, slot in self._tensors.items():
             self._tables.table[:, columns[name]] = _addresses(slot)
@@ -123,10 +104,8 @@ class PythonReader(_Shards):
         return [list(map(look, slot)) for slot in self._tensors.values() for look in _LOOKS]
 
     def read(self, grads: list[Tensor] | None) -> bool:
-        if self._are_replaced():
-            return False
         if self._launch.has_grad:
-            params, grads = self._tensors["param"], self._shards_of(grads)
+            params = self._tensors["param"]
             given = [param.grad for param in params] if grads is None else grads
             if not all(map(matches, params, given)):
                 return False
@@ -144,7 +123,32 @@ class PythonReader(_Shards):
         self._held = []
 
     def versions(self) -> numpy.ndarray:
-        return versions_of(self._launch.slots)
+        return versions_of(self._tensors)
+
+
+class ShardReader:
+    """Follows the local shards of DTensors, which somebody may replace, through another reader."""
+
+    def __init__(self, launch: Launch, reader: Reader) -> None:
+        self._reader, self._slots, self._versions = reader, launch.slots, launch.tables.versions
+        self._shards = [local(tensor) for slot in self._slots.values() for tensor in slot]
+        self._written = [tensor for tensor in launch.written if isinstance(tensor, DTensor)]
+
+    def read(self, grads: list[Tensor] | None) -> bool:
+        present = [local(tensor) for slot in self._slots.values() for tensor in slot]
+        given = None if grads is None else list(map(local, grads))
+        if not all(map(is_, present, self._shards)) or not self._reader.read(given):
+            return False
+        self._versions.copy_(torch.from_numpy(self.versions()))
+        return True
+
+    def finish(self) -> None:
+        self._reader.finish()
+        increment_version(self._written)
+
+    def versions(self) -> numpy.ndarray:
+        shards = {name: list(map(local, slot)) for name, slot in self._slots.items()}
+        return self._reader.versions() + versions_of(self._slots) - versions_of(shards)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
