@@ -50,9 +50,22 @@ struct Bound {
   Tensor tensor;
   const void* address;
   ScalarType dtype;
+  // Of the DTensor whose local shard this is: a write moves its counter or the shard's.
+  c10::VariableVersion wrapper_version{c10::VariableVersion::DISABLED};
 
-  explicit Bound(Tensor bound)
-      : tensor(std::move(bound)), address(tensor.mutable_data_ptr()), dtype(tensor.scalar_type()) {}
+  Bound(Tensor bound, const Tensor& wrapper)
+      : tensor(std::move(bound)), address(tensor.mutable_data_ptr()), dtype(tensor.scalar_type()) {
+    if (!wrapper.is_same(tensor)) wrapper_version = wrapper.unsafeGetTensorImpl()->version_counter();
+  }
+
+  int64_t version() const {
+    return version_of(tensor) + (wrapper_version.enabled() ? wrapper_version.current_version() : 0);
+  }
+
+  void bump_version() {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    if (wrapper_version.enabled()) wrapper_version.bump();
+  }
 };
 
 // Where the numbers of one parameter are. The state's step count stands for all its numbers: whoever gives one of them
@@ -72,14 +85,17 @@ void prefetch(const Tensor& tensor) {
 class LaunchTensors : public torch::CustomClassHolder {
  public:
   // `tensors` holds the parameters, then as many for each further one of `columns`, the columns of the launch's table
-  // where their addresses belong. `vectors` are the numbers of each parameter, `steps` the step counts in its state,
-  // which are views of the vectors' beginnings.
-  LaunchTensors(const std::vector<Tensor>& tensors, std::vector<int64_t> columns, const std::vector<Tensor>& vectors,
-                const std::vector<Tensor>& steps, bool has_grad, bool writes_numbers)
+  // where their addresses belong; `wrappers` holds for a local shard its DTensor, for any other tensor itself.
+  // `vectors` are the numbers of each parameter, `steps` the step counts in its state, which are views of the vectors'
+  // beginnings.
+  LaunchTensors(const std::vector<Tensor>& tensors, const std::vector<Tensor>& wrappers, std::vector<int64_t> columns,
+                const std::vector<Tensor>& vectors, const std::vector<Tensor>& steps, bool has_grad,
+                bool writes_numbers)
       : columns_(std::move(columns)), has_grad_(has_grad), writes_numbers_(writes_numbers) {
     const int64_t n_columns = columns_.size();
     TORCH_CHECK(n_columns > 0 && columns_[0] == 0 && tensors.size() % n_columns == 0,
                 "LaunchTensors: expected as many tensors for each column, the parameters first");
+    TORCH_CHECK(wrappers.size() == tensors.size(), "LaunchTensors: expected a wrapper for each tensor");
     n_tensors_ = tensors.size() / n_columns;
     TORCH_CHECK(static_cast<int64_t>(vectors.size()) == n_tensors_ && vectors.size() == steps.size(),
                 "LaunchTensors: expected a vector and a step count for each parameter");
@@ -88,7 +104,9 @@ class LaunchTensors : public torch::CustomClassHolder {
     }
     bound_.reserve(tensors.size());
     for (int64_t i = 0; i < n_tensors_; ++i) {
-      for (int64_t c = 0; c < n_columns; ++c) bound_.emplace_back(tensors[c * n_tensors_ + i]);
+      for (int64_t c = 0; c < n_columns; ++c) {
+        bound_.emplace_back(tensors[c * n_tensors_ + i], wrappers[c * n_tensors_ + i]);
+      }
       const Tensor& param = at(i, 0).tensor;
       layouts_.push_back({at::DimVector(param.sizes()), at::DimVector(param.strides())});
       add_numbers(vectors[i], steps[i]);
@@ -151,8 +169,7 @@ class LaunchTensors : public torch::CustomClassHolder {
       for (int64_t i = begin; i < end; ++i) {
         for (size_t c = 0; c < columns_.size(); ++c) {
           const bool is_written = has_grad_ || columns_[c] == 0 || columns_[c] == kMasterWeightsColumn;
-          const Tensor& tensor = at(i, c).tensor;
-          if (is_written && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+          if (is_written) bound_[i * columns_.size() + c].bump_version();
         }
       }
     });
@@ -183,8 +200,9 @@ class LaunchTensors : public torch::CustomClassHolder {
 
   bool is_unchanged(int64_t i) const {
     for (size_t c = 0; c < columns_.size(); ++c) {
-      const auto& [tensor, address, dtype] = at(i, c);
-      const bool is_same = tensor.mutable_data_ptr() == address && tensor.scalar_type() == dtype;
+      const Bound& bound = at(i, c);
+      const Tensor& tensor = bound.tensor;
+      const bool is_same = tensor.mutable_data_ptr() == bound.address && tensor.scalar_type() == bound.dtype;
       if (!is_same || is_lazy(tensor) || !layouts_[i].is_of(tensor)) return false;
     }
     return true;
@@ -208,9 +226,9 @@ class LaunchTensors : public torch::CustomClassHolder {
   }
 
   void read_versions(int64_t i, int64_t* version) const {
-    version[0] = version_of(at(i, 0).tensor);
+    version[0] = at(i, 0).version();
     version[1] = 0;
-    for (size_t c = 1; c < columns_.size(); ++c) version[1] += version_of(at(i, c).tensor);
+    for (size_t c = 1; c < columns_.size(); ++c) version[1] += at(i, c).version();
   }
 
   // Gradients that lie otherwise than their parameters are copied as these lie.
@@ -238,8 +256,8 @@ class LaunchTensors : public torch::CustomClassHolder {
 TORCH_LIBRARY_FRAGMENT(xgrad_optim, library) {
   using xgrad::LaunchTensors;
   library.class_<LaunchTensors>("LaunchTensors")
-      .def(torch::init<const std::vector<at::Tensor>&, std::vector<int64_t>, const std::vector<at::Tensor>&,
-                       const std::vector<at::Tensor>&, bool, bool>())
+      .def(torch::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, std::vector<int64_t>,
+                       const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, bool, bool>())
       .def("read", &LaunchTensors::read)
       .def("finish", &LaunchTensors::finish)
       .def("versions", &LaunchTensors::versions);

@@ -251,8 +251,10 @@ def test_the_library_refuses_tables_that_do_not_fit():
         ("a vector and a step count", [param], [0], []),
     ):
         with pytest.raises(RuntimeError, match=message):
-            make(tensors, columns, [vector], steps, True, True)
-    tensors = make([param], [0], [vector], [vector[0]], False, True)
+            make(tensors, tensors, columns, [vector], steps, True, True)
+    with pytest.raises(RuntimeError, match="a wrapper for each tensor"):
+        make([param], [], [0], [vector], [vector[0]], True, True)
+    tensors = make([param], [param], [0], [vector], [vector[0]], False, True)
     table, versions = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
     grads = torch.zeros(0, dtype=torch.int64)
     for message, tables in {

@@ -21,6 +21,8 @@ from xgrad_optim.notes import warn
 _LOOKS = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"), is_lazy)
 """What tells a tensor's memory from other memory, and one way to lie in it from another."""
 
+_get_shard = attrgetter("_local_tensor")
+
 
 class Reader(Protocol):
     """Follows the tensors of one launch."""
@@ -65,8 +67,10 @@ class NativeReader:
 
     def __init__(self, launch: Launch, writes_numbers: bool) -> None:
         self._tables, columns = launch.tables, columns_of(launch.rule)
+        tensors = [tensor for slot in launch.slots.values() for tensor in slot]
         self._tensors: Any = torch.classes.xgrad_optim.LaunchTensors(
-            [local(tensor) for slot in launch.slots.values() for tensor in slot],
+            list(map(local, tensors)),
+            tensors,
             [columns[name] for name in launch.slots],
             [vector for vector, _ in launch.numbers],
             [step for _, step in launch.numbers],
@@ -95,7 +99,9 @@ class PythonReader:
         self._numbers, self._writes_numbers = launch.numbers, writes_numbers
         self._seen = self._look()
         self._held: list[Tensor] = []
-        self._written = list(map(local, launch.written))
+        # A DTensor and its shard have a counter each.
+        shards = [local(tensor) for tensor in launch.written if isinstance(tensor, DTensor)]
+        self._written = [*launch.written, *shards]
         columns = columns_of(launch.rule)
         for name, slot in self._tensors.items():
             self._tables.table[:, columns[name]] = _addresses(slot)
@@ -123,32 +129,20 @@ class PythonReader:
         self._held = []
 
     def versions(self) -> numpy.ndarray:
-        return versions_of(self._tensors)
+        return versions_of(self._launch.slots)
 
 
 class ShardReader:
-    """Follows the local shards of DTensors, which somebody may replace, through another reader."""
+    """Reads the local shards of DTensors, which somebody may replace, through another reader."""
 
     def __init__(self, launch: Launch, reader: Reader) -> None:
-        self._reader, self._slots, self._versions = reader, launch.slots, launch.tables.versions
-        self._shards = [local(tensor) for slot in self._slots.values() for tensor in slot]
-        self._written = [tensor for tensor in launch.written if isinstance(tensor, DTensor)]
+        self._reader, self.finish, self.versions = reader, reader.finish, reader.versions
+        self._sharded = [tensor for slot in launch.slots.values() for tensor in slot if isinstance(tensor, DTensor)]
+        self._shards = list(map(local, self._sharded))
 
     def read(self, grads: list[Tensor] | None) -> bool:
-        present = [local(tensor) for slot in self._slots.values() for tensor in slot]
         given = None if grads is None else list(map(local, grads))
-        if not all(map(is_, present, self._shards)) or not self._reader.read(given):
-            return False
-        self._versions.copy_(torch.from_numpy(self.versions()))
-        return True
-
-    def finish(self) -> None:
-        self._reader.finish()
-        increment_version(self._written)
-
-    def versions(self) -> numpy.ndarray:
-        shards = {name: list(map(local, slot)) for name, slot in self._slots.items()}
-        return self._reader.versions() + versions_of(self._slots) - versions_of(shards)
+        return all(map(is_, map(_get_shard, self._sharded), self._shards)) and self._reader.read(given)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,10 @@
 """Compile the native libraries: ahead of time for setup.py, or at first use into torch's extension cache.
 
 It knows nothing of the rest of the package, so that setup.py can load it by its path.
+
+Not by torch.utils.cpp_extension.load: a build that is killed leaves its lock file, and every later process waits for it
+without end. It also links libtorch_python, so that a library of the stable ABI would no longer serve other torches and
+Pythons, and has one set of flags for all sources, none for each instruction set.
 """
 
 import contextlib
