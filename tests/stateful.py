@@ -211,7 +211,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.is_attached)
     @rule(is_training=st.booleans(), call=st.booleans())
     def forward(self, is_training, call):
-        looks = is_training or self.optimizer._switch.position is not False  # else theta is in place, for all it knows
+        looks = is_training or self.optimizer._exchange.mode is not False  # else theta is in place, for all it knows
         self.model.train(is_training)
         if not is_training:
             if looks:

@@ -35,7 +35,7 @@ def swap_of(launch: Launch) -> Launch:
     states = [dict(zip(launch.state, values, strict=True)) for values in zip(*launch.state.values(), strict=True)]
     options = {"capturable": False}
     members = [Member(*pair, i) for i, pair in enumerate(zip(launch.params, [options] * 9, states, strict=False))]
-    return Launch(launch.rule, members, launch.positions, launch.numbers, launch.sources, has_grad=False)
+    return Launch(launch.rule, members, launch.grad_indices, launch.numbers, launch.sources, has_grad=False)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

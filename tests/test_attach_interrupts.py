@@ -20,7 +20,7 @@ from training import clones
 
 from xgrad_optim import XSGDM, XAdamW
 
-HOOKS = ("hooks", "attach", "covers", "switch", "recorders")
+HOOKS = ("hooks", "attach", "covers", "exchange", "recorders")
 
 
 def is_free(lock):
@@ -40,7 +40,7 @@ def is_free(lock):
 
 def assert_sound(model, optimizer, theta, theta_hat):
     """Whole weights now, and the right ones in every forward from here on."""
-    assert is_free(optimizer._switch.lock)
+    assert is_free(optimizer._exchange.lock)
     assert equal(model.parameters(), theta_hat if optimizer.predicted else theta)
     watch = Watch(model[0], model[2])
     for mode, weights in ((False, theta), (True, theta_hat), (False, theta)):
@@ -93,10 +93,10 @@ def test_an_attach_that_fails_leaves_no_hook(has_rival):
             train_step(model, old, 0)
             theta, _ = both_weights(old)
         new = XAdamW(model.parameters())
-        if not is_interrupted(n, partial(new.attach, model), in_modules("hooks", "attach", "covers", "switch")):
+        if not is_interrupted(n, partial(new.attach, model), in_modules("hooks", "attach", "covers", "exchange")):
             break
         owners = {hook.__self__.optimizer for hook in model._forward_pre_hooks.values()}
-        assert owners <= {old, None} and not new._switch.attachments
+        assert owners <= {old, None} and not new._exchange.attachments
         if has_rival:
             old.eval()
             handle.remove()
@@ -169,7 +169,7 @@ def test_an_interrupted_compiled_forward_does_not_speak_for_a_part():
 
     @torch.compiler.disable
     def interrupt():
-        noted.append(optimizer._switch.traced)
+        noted.append(optimizer._exchange.traced)
         raise Interrupt
 
     class Interrupted(Normalized):
@@ -201,14 +201,14 @@ def test_an_error_of_a_swap_reaches_the_forward_and_the_next_one_tries_again(mon
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(optimizer._planner, "swap", lambda *_: 1 / 0)
         model(X)
-    assert equal(model.parameters(), theta_hat) and is_free(optimizer._switch.lock)
+    assert equal(model.parameters(), theta_hat) and is_free(optimizer._exchange.lock)
     model(X)
     assert equal(model.parameters(), theta)
 
 
 def test_a_block_of_true_weights_that_was_interrupted_pins_nothing():
     """At any line of its entry and its exit."""
-    names, file = {"true_weights", "_open", "_close", "alone"}, sys.modules["xgrad_optim.optimizer"].__file__
+    names, file = {"true_weights", "_open", "_close", "alone"}, sys.modules["xgrad_optim.modes"].__file__
 
     def act(optimizer):
         with optimizer.true_weights():
@@ -220,7 +220,7 @@ def test_a_block_of_true_weights_that_was_interrupted_pins_nothing():
         is_ours = lambda code: code.co_name in names and code.co_filename == file  # noqa: E731
         if not is_interrupted(n, partial(act, optimizer), is_ours):
             break
-        assert not optimizer._switch.pins
+        assert not optimizer._exchange.pins
         model(X)
         assert equal(model.parameters(), theta_hat) and optimizer.predicted
 

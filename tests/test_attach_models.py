@@ -340,11 +340,11 @@ def test_two_optimizers_with_predictions_for_the_same_parameters_are_refused():
     model, old = attached()
     new = XAdamW(model.parameters())
     new.load_state_dict(old.state_dict())
-    before, hooks = old._switch.attachments.copy(), hooks_of(model)
+    before, hooks = old._exchange.attachments.copy(), hooks_of(model)
     with pytest.raises(RuntimeError, match="attached to another optimizer with the same parameters"):
         new.attach(model)
-    assert old._switch.attachments == before and hooks_of(model) == hooks
-    assert not new._switch.attachments
+    assert old._exchange.attachments == before and hooks_of(model) == hooks
+    assert not new._exchange.attachments
 
 
 def test_a_parameter_that_two_models_share_has_one_optimizer():
@@ -356,7 +356,7 @@ def test_a_parameter_that_two_models_share_has_one_optimizer():
     message = "another model .* this XSGDM and that XAdamW have 1 in common, weight. Only one"
     with pytest.raises(RuntimeError, match=message):
         second.attach(decoder)
-    assert not decoder._forward_pre_hooks and first._switch.attachments
+    assert not decoder._forward_pre_hooks and first._exchange.attachments
 
 
 def test_a_group_that_joins_must_not_belong_to_another_attached_optimizer():

@@ -123,7 +123,7 @@ def test_overlapping_blocks_of_true_weights_end_with_the_last():
 def test_a_forward_that_finds_its_weights_waits_for_nobody():
     model, optimizer = attached()
     model.eval()
-    with optimizer._switch.lock, ThreadPoolExecutor(1) as pool:
+    with optimizer._exchange.lock, ThreadPoolExecutor(1) as pool:
         pool.submit(model, X).result(timeout=60)
 
 
@@ -169,11 +169,11 @@ def test_a_module_that_runs_in_one_thread_does_not_speak_for_another():
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
 def test_a_copied_optimizer_has_a_lock_of_its_own(make_copy):
     _, optimizer = attached()
-    with optimizer._switch.lock, ThreadPoolExecutor(1) as pool:
+    with optimizer._exchange.lock, ThreadPoolExecutor(1) as pool:
         copied = make_copy(optimizer)
         pool.submit(copied.eval).result(timeout=60)
-    assert copied._switch is not optimizer._switch and optimizer.predicted
-    assert pickle.loads(pickle.dumps(optimizer._switch)).lock is not optimizer._switch.lock
+    assert copied._exchange is not optimizer._exchange and optimizer.predicted
+    assert pickle.loads(pickle.dumps(optimizer._exchange)).lock is not optimizer._exchange.lock
 
 
 def in_child(optimizer, pipe):

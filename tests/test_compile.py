@@ -85,7 +85,7 @@ def test_a_part_in_another_mode_adds_no_graph(compile_model):
                 norm.training, norm.train = False, lambda mode=True, norm=norm: norm
         frames, _ = train_and_evaluate(compile_model(model, backend=BACKEND), optimizer, steps=6)
         counts.append(frames)
-        assert optimizer._switch.traced == 0
+        assert optimizer._exchange.traced == 0
     assert counts[0] == counts[1] and frames[1:] == [frames[1]] * 5
 
 

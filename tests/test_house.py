@@ -17,7 +17,7 @@ TESTS = Path(__file__).resolve().parent
 
 OPTIMIZERS = {cls.__module__.removeprefix("xgrad_optim.") for cls in CLASSES}
 LAYERS = (  # from the bottom; a module imports from layers below its own, an optimizer from another one too
-    {"groups", "rule", "layout", "notes", "switch", "covers", "recorders", "backends.build"},
+    {"groups", "rule", "layout", "notes", "exchange", "covers", "recorders", "backends.build"},
     {"numeric", "backends", "backends.build_cuda", "hooks"},
     {"options", "attach"},
     {"state", "rows"},

@@ -106,7 +106,7 @@ def test_an_optimizer_without_its_model_warns(case):
 def test_looking_changes_nothing(case, master_weights):
     files = saved_run(case, False, True, torch.float32, master_weights)
     (model, optimizer), (twin, twin_optimizer) = load(case, *files), load(case, *files)
-    twin_optimizer._switch.is_loaded = False
+    twin_optimizer._exchange.is_loaded = False
     with pytest.warns(UserWarning, match="another mode"):
         optimizer._check_loaded()
     assert equal(model.parameters(), twin.parameters())

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import Module
 
+from xgrad_optim.exchange import exchanges
 from xgrad_optim.hooks import FSDP1, Attachment, are_flattened, attachments_of, owned_by
-from xgrad_optim.switch import switches
 
 if TYPE_CHECKING:
     from xgrad_optim.modes import PredictingOptimizer
@@ -17,8 +17,8 @@ def attach(optimizer: "PredictingOptimizer", model: Module, partial: bool) -> At
     """Hook the model. See :meth:`PredictingOptimizer.attach`."""
     if not isinstance(model, Module):
         raise TypeError(f"attach expects a torch.nn.Module, got {type(model).__name__}")
-    owned, switch = owned_by(optimizer), optimizer._switch
-    present = next((each for each in switch.attachments if each.model is model), None)
+    owned, exchange = owned_by(optimizer), optimizer._exchange
+    present = next((each for each in exchange.attachments if each.model is model), None)
     attachment = present or Attachment(optimizer, model)
     attachment.reshard()
     if owned.isdisjoint(model.parameters()):
@@ -33,9 +33,9 @@ def attach(optimizer: "PredictingOptimizer", model: Module, partial: bool) -> At
         attachment.add_hooks()
         for predecessor in predecessors:
             predecessor.eval()
-            predecessor._switch.hand_over(type(optimizer).__name__)
+            predecessor._exchange.hand_over(type(optimizer).__name__)
         attachment.is_partial = partial
-        switch.successor = None
+        exchange.successor = None
         return attachment
     except BaseException:
         if present is None:
@@ -51,9 +51,9 @@ def _predecessors(optimizer: "PredictingOptimizer", model: Module) -> list["Pred
     rivals = _rivals(optimizer, owned_by(optimizer))
     if not rivals:
         return []
-    on_model = {attachment.switch for module in model.modules() for attachment in attachments_of(module)}
+    on_model = {attachment.exchange for module in model.modules() for attachment in attachments_of(module)}
     for rival, shared in rivals.items():
-        is_on_model = rival._switch in on_model
+        is_on_model = rival._exchange in on_model
         if not is_on_model or any(optimizer.state.values()):
             names = [name for name, param in model.named_parameters() if param in shared]
             raise RuntimeError(
@@ -73,8 +73,8 @@ def check_unshared(optimizer: "PredictingOptimizer", params: Iterable[Tensor]) -
 
 def _rivals(optimizer: "PredictingOptimizer", params: set[Tensor]) -> dict["PredictingOptimizer", set[Tensor]]:
     """Other attached optimizers that own some of these parameters, with these."""
-    attached = {attachment.optimizer for switch in list(switches) for attachment in switch.attachments}
-    others = [other for other in attached if other is not None and other._switch is not optimizer._switch]
+    attached = {attachment.optimizer for exchange in list(exchanges) for attachment in exchange.attachments}
+    others = [other for other in attached if other is not None and other._exchange is not optimizer._exchange]
     shared = {other: params & owned_by(other) for other in others}
     return {other: common for other, common in shared.items() if common}
 

@@ -1,6 +1,6 @@
 """The hooks by which a model's forwards, copies and checkpoints find the weights that they need in place.
 
-A model holds theta_hat, or theta, or nobody can tell without a look at the optimizer's state: `Switch.position`. A
+A model holds theta_hat, or theta, or nobody can tell without a look at the optimizer's state: `Exchange.mode`. A
 forward compares it with the mode of its module, and only where they differ asks who has called it and has the weights
 exchanged. Nothing is noted about running forwards, so an interrupted one leaves nothing behind; threads that find
 their weights in place never wait for each other.
@@ -18,9 +18,9 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from xgrad_optim.covers import cover, uncover, without
+from xgrad_optim.exchange import Exchange
 from xgrad_optim.notes import warn
 from xgrad_optim.recorders import untraced
-from xgrad_optim.switch import Switch
 
 if TYPE_CHECKING:
     from xgrad_optim.modes import PredictingOptimizer
@@ -56,7 +56,7 @@ class Attachment:
 
     def __init__(self, optimizer: Optional["PredictingOptimizer"] = None, model: Module | None = None) -> None:
         self.optimizer = optimizer
-        self.switch = Switch() if optimizer is None else optimizer._switch
+        self.exchange = Exchange() if optimizer is None else optimizer._exchange
         self.is_partial = False
         self._model = (lambda: None) if model is None else weakref.ref(model)
         self._handles: weakref.WeakKeyDictionary[Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
@@ -70,14 +70,14 @@ class Attachment:
     def remove(self) -> None:
         """Take the hooks off the model. The parameters keep the weights that they hold."""
         self.optimizer = None
-        self.switch.attachments.discard(self)
+        self.exchange.attachments.discard(self)
         for module, handles in list(self._handles.items()):
             for handle in handles:
                 handle.remove()
             if not attachments_of(module):
                 uncover(module)
         # Where another attachment covers some of the same modules, its hooks were these.
-        self.switch.extend()
+        self.exchange.extend()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -107,7 +107,7 @@ class Attachment:
         model = self.model
         if model is None or self.optimizer is None:
             return
-        self.switch.attachments.add(self)
+        self.exchange.attachments.add(self)
         self._forget_check()
         self._note_params(model)
         owned = owned_by(self.optimizer)
@@ -135,7 +135,7 @@ class Attachment:
 
     def _covers(self, module: Module) -> bool:
         """Whether the module has the hooks of this optimizer, here or by another attachment."""
-        return any(attachment.switch is self.switch for attachment in attachments_of(module))
+        return any(attachment.exchange is self.exchange for attachment in attachments_of(module))
 
     def hook_ids(self, module: Module) -> set[int]:
         """The keys of this attachment's hooks in the module's tables of hooks."""
@@ -143,29 +143,29 @@ class Attachment:
 
     def enter(self, module: Module, args: object) -> None:
         """Forward pre-hook: the outermost module that runs decides which weights it and those inside it see."""
-        switch = self.switch
+        exchange = self.exchange
         if torch.compiler.is_dynamo_compiling():
-            # Forwards that dynamo inlines are not on the stack, where `_place` looks for those that run.
-            switch.traced = switch.traced or id(module)
-            if switch.traced != id(module):
+            # Forwards that dynamo inlines are not on the stack, where `_swap_for` looks for those that run.
+            exchange.traced = exchange.traced or id(module)
+            if exchange.traced != id(module):
                 return
-        if switch.position is not module.training:
-            self._place(module)
+        if exchange.mode is not module.training:
+            self._swap_for(module)
 
     def leave(self, module: Module, args: object, output: object) -> None:
         """Forward hook."""
-        if self.switch.traced == id(module):
-            self.switch.traced = 0
+        if self.exchange.traced == id(module):
+            self.exchange.traced = 0
 
     def save(self, module: Module, *args: object) -> None:
         """Pre-hook of state_dict: what is saved is theta."""
-        if self.optimizer is not None and self.switch.position is not False:
+        if self.optimizer is not None and self.exchange.mode is not False:
             self.optimizer.eval()
 
     def load(self, module: Module, state_dict: object, prefix: str, metadata: dict[str, Any], *args: object) -> None:
         """Pre-hook of load_state_dict: what is loaded is theta."""
-        if self.optimizer is not None and self.switch.is_loaded and self.optimizer.predicted:
-            self.switch.is_loaded = False
+        if self.optimizer is not None and self.exchange.is_loaded and self.optimizer.predicted:
+            self.exchange.is_loaded = False
             warn(
                 "the optimizer's state was saved while its parameters held predicted weights, but the weights that "
                 "are loaded after it into the attached model are taken for the true ones. Where both are of one "
@@ -178,23 +178,23 @@ class Attachment:
 
     def follow_eval(self, module: Module) -> None:
         """The module is in evaluation mode now: put theta in place if it is the model, or what the model wraps."""
-        if self.switch.position is not False:
+        if self.exchange.mode is not False:
             self._place_theta(module)
 
     @untraced(_BEFORE_TRACING)
     def _place_theta(self, module: Module) -> None:
-        models = [attachment.model for attachment in self.switch.attachments]
+        models = [attachment.model for attachment in self.exchange.attachments]
         is_whole = any(model is not None and module in _wrapped_by(model) for model in models)
         # In the middle of a forward it is left to the next one.
         if self.optimizer is not None and is_whole and not self._is_running():
             self.optimizer.eval()
 
     @untraced(_BEFORE_TRACING)
-    def _place(self, module: Module) -> None:
+    def _swap_for(self, module: Module) -> None:
         """Put the weights in place that a forward of this module is to see, if no other module's has called it."""
-        optimizer, switch, mode = self.optimizer, self.switch, module.training
+        optimizer, exchange, mode = self.optimizer, self.exchange, module.training
         # Inside a running one it follows that one: a frozen BatchNorm must not swap mid-forward.
-        if optimizer is None or (mode and switch.pins) or self._is_running(but=module):
+        if optimizer is None or (mode and exchange.pins) or self._is_running(but=module):
             return
         # What is recomputed in a backward sees what the first forward has seen.
         if torch._C._current_graph_task_id() != -1:
@@ -203,22 +203,22 @@ class Attachment:
             raise RuntimeError(
                 "DataParallel copies the weights before its replicas run: attach the DataParallel module itself"
             )
-        with switch.lock:
-            if switch.position is mode:  # another thread has just done it
+        with exchange.lock:
+            if exchange.mode is mode:  # another thread has just done it
                 return
-            if not switch.is_checked:
-                switch.check()
+            if not exchange.is_checked:
+                exchange.check()
             self.reshard()
             # Weights that the caller has handed in (torch.func.functional_call) are its own business; torch.export's
             # stand for ours.
             if owned_by(optimizer).isdisjoint(module.parameters()) and not torch.compiler.is_exporting():
                 return
-            traced = switch.traced
+            traced = exchange.traced
             if mode:
                 optimizer._predict()
             else:
                 optimizer.eval()
-            switch.traced = traced  # the module that asked for the swap still runs
+            exchange.traced = traced  # the module that asked for the swap still runs
 
     def _is_running(self, but: Module | None = None) -> bool:
         """Whether this thread is inside a forward of a module that the optimizer is attached to, `but` this call."""
@@ -241,7 +241,7 @@ class Attachment:
         self._params = [(name, weakref.ref(param)) for name, param in model.named_parameters()]
 
     def _forget_check(self) -> None:
-        self.switch.is_checked, self.switch.position = False, None
+        self.exchange.is_checked, self.exchange.mode = False, None
 
     def problem(self) -> str | None:
         """Why the hooks would leave some weights of the model as they are, or come too late; None where they are right.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xgrad_optim.layout import is_flat
 from xgrad_optim.numbers import UNKNOWN, Numbers, make_numbers
-from xgrad_optim.options import SWITCHES
+from xgrad_optim.options import LAUNCH_OPTIONS
 from xgrad_optim.rows import HOST
 from xgrad_optim.rule import Options, Rule
 from xgrad_optim.settle import Known
@@ -30,17 +30,17 @@ class Inventory:
 
     Attributes:
         numbers: those of all parameters that have state, by the device where they live.
-        places: for each of these parameters, which of the numbers are its own.
+        indices: of each of these parameters its numbers, and its index in them.
         known: each as it was when it was last looked at.
     """
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
         self.numbers: dict[torch.device, Numbers] = {}
-        self.places: dict[Tensor, tuple[Numbers, int]] = {}
+        self.indices: dict[Tensor, tuple[Numbers, int]] = {}
         self.known: dict[Tensor, Known] = {}
         self._seen_groups: list[object] = []
-        self._seen_switches: list[object] = []
+        self._seen_options: list[object] = []
         self._seen_state: list[object] = [None]
         self._get_contents: Callable[[Any], tuple[object, ...]] = itemgetter(*rule.state_keys, "step")
 
@@ -87,7 +87,7 @@ class Inventory:
 
     def _holds_groups(self, groups: Groups) -> bool:
         """Whether these are the groups that were last looked at, with the same parameters, and options but numbers."""
-        return are_same(self._seen_groups, _members(groups)) and self._seen_switches == _switches(groups)
+        return are_same(self._seen_groups, _members(groups)) and self._seen_options == _launch_options(groups)
 
     def _contents(self, state: States) -> list[object]:
         """The parameters that have state, and what is in it."""
@@ -122,18 +122,18 @@ class Inventory:
         check_memory(groups, [param for param, _, _ in tracked])
         for param, _, values in tracked:
             fit_dtype(self._rule, param, values)
-        homes: dict[torch.device, dict[Tensor, State]] = {}
+        by_device: dict[torch.device, dict[Tensor, State]] = {}
         for param, group, values in tracked:
-            homes.setdefault(self._home(param, group, values), {})[param] = values
-        if homes.keys() != self.numbers.keys() or not all(
-            self.numbers[device].are_in(list(states), list(states.values())) for device, states in homes.items()
+            by_device.setdefault(self._device_of(param, group, values), {})[param] = values
+        if by_device.keys() != self.numbers.keys() or not all(
+            self.numbers[device].are_in(list(states), list(states.values())) for device, states in by_device.items()
         ):
             drop_plans()
-            self._bind(homes)
+            self._bind(by_device)
         for param, group, values in tracked:
             buffers = {key: values[key] for key in self._rule.buffer_keys if key in values}
             if param in self.known and not are_same([*buffers.values()], [*self.known[param].buffers.values()]):
-                numbers, index = self.places[param]
+                numbers, index = self.indices[param]
                 numbers.versions[index] = UNKNOWN  # other tensors have other counters
             self.known[param] = Known(group, buffers)
         if not created:
@@ -147,28 +147,28 @@ class Inventory:
             check_state(self._rule, param, values)
         return tracked
 
-    def _bind(self, homes: Mapping[torch.device, Mapping[Tensor, State]]) -> None:
+    def _bind(self, by_device: Mapping[torch.device, Mapping[Tensor, State]]) -> None:
         # Until all is bound there are no numbers, so that after an interrupt they are bound again.
         before, self.numbers = self.numbers, {}
         bound = {}
-        for device, states in homes.items():
+        for device, states in by_device.items():
             numbers = before.get(device) or make_numbers(self._rule, device)
             numbers.bind(list(states), list(states.values()))
             bound[device] = numbers
-        self.places = {
+        self.indices = {
             param: (numbers, index) for numbers in bound.values() for index, param in enumerate(numbers.params)
         }
-        self.known = {param: known for param, known in self.known.items() if param in self.places}
+        self.known = {param: known for param, known in self.known.items() if param in self.indices}
         self.numbers = bound
 
     def see(self, groups: Groups, state: States) -> None:
         """All that plans are built from, to compare it with what is there when they are used."""
-        self._seen_groups, self._seen_switches = _members(groups), _switches(groups)
+        self._seen_groups, self._seen_options = _members(groups), _launch_options(groups)
         buffers = [key for key in self._rule.buffer_keys if any(key in known.buffers for known in self.known.values())]
         self._get_contents = itemgetter(*self._rule.number_keys, *buffers)
         self._seen_state = self._contents(state)
 
-    def _home(self, param: Tensor, options: Options, state: State) -> torch.device:
+    def _device_of(self, param: Tensor, options: Options, state: State) -> torch.device:
         """Where a parameter's numbers live: on the host; or beside it, as torch.optim's for capturable and fused."""
         if param.device.type == "cpu" or not (options["capturable"] or options["fused"]):
             return HOST
@@ -200,8 +200,8 @@ def _members(groups: Groups) -> list[object]:
     return [*chain.from_iterable((group, *group["params"]) for group in groups)]
 
 
-def _switches(groups: Groups) -> list[object]:
-    return [group.get(name) for group in groups for name in SWITCHES]
+def _launch_options(groups: Groups) -> list[object]:
+    return [group.get(name) for group in groups for name in LAUNCH_OPTIONS]
 
 
 def as_dict(values: Any) -> State:

@@ -38,7 +38,7 @@ class Member:
     options: Options
     state: State
     index: int
-    """Its place among the numbers."""
+    """Of its numbers among those of all parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ class Launch:
         params, state: the tensors by slot; `state` holds the rule's buffers and, where in use, "max_exp_avg_sq" and
             "master_weights".
         has_grad: whether it steps.
-        positions: the places of its members among all those of the step or swap.
+        grad_indices: where the gradients of its members are among those of all that take the step.
         numbers: each member's vector of numbers, and the view of its beginning that is the state's step count.
-        indices: the places of the members among the numbers.
+        indices: each member's, as a slice where they are side by side.
         sources: what its rows are made of.
     """
 
@@ -112,7 +112,7 @@ class Launch:
         self,
         rule: Rule,
         members: Sequence[Member],
-        positions: list[int],
+        grad_indices: list[int],
         numbers: list[tuple[Tensor, Tensor]],
         sources: RowSources,
         has_grad: bool,
@@ -121,7 +121,7 @@ class Launch:
         self.rule = rule
         self.params = [member.param for member in members]
         self.state = {key: [member.state[key] for member in members] for key in rule.buffer_keys if key in first.state}
-        self.has_grad, self.positions = has_grad, positions
+        self.has_grad, self.grad_indices = has_grad, grad_indices
         self.numbers, self.sources = numbers, sources
         self.indices = consecutive([member.index for member in members])
         self.device, self.dtype = first.param.device, plain(first.param).dtype

@@ -11,10 +11,10 @@ from torch.optim.optimizer import Optimizer
 
 from xgrad_optim import checkpoint, recorders
 from xgrad_optim.attach import attach
+from xgrad_optim.exchange import Exchange, Pin
 from xgrad_optim.hooks import Attachment
 from xgrad_optim.plan import Groups, Planner, States
 from xgrad_optim.rule import Rule
-from xgrad_optim.switch import Pin, Switch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ def alone(method: Callable[P, R]) -> Callable[P, R]:
     @wraps(method)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         optimizer: Any = args[0]
-        with optimizer._switch.lock:
+        with optimizer._exchange.lock:
             if not recorders.is_any() or recorders.are_fake(optimizer._params()):
                 return method(*args, **kwargs)
             with recorders.outside():
@@ -51,7 +51,7 @@ class PredictingOptimizer(Optimizer):
 
     rule: ClassVar[Rule]
     _planner: Planner
-    _switch: Switch
+    _exchange: Exchange
 
     @property
     def _planned(self) -> tuple[Groups, States]:
@@ -104,14 +104,14 @@ class PredictingOptimizer(Optimizer):
     @alone
     def _open(self, pin: Pin) -> None:
         pin.was_predicted = self._planner.inventory.predicted(self._planned[1])  # nobody waits for a flag on a device
-        self._switch.pins.add(pin)
+        self._exchange.pins.add(pin)
         self.eval()
 
     @alone
     def _close(self, pin: Pin) -> None:
-        self._switch.pins.discard(pin)
+        self._exchange.pins.discard(pin)
         if pin.was_predicted is not False:
-            for other in self._switch.pins:  # still open: the last block to end brings theta_hat back
+            for other in self._exchange.pins:  # still open: the last block to end brings theta_hat back
                 other.was_predicted = pin.was_predicted
                 return
             self._planner.note_frozen(self._planned[0])
@@ -166,20 +166,20 @@ class PredictingOptimizer(Optimizer):
     def _put(self, target: bool | Tensor) -> None:
         """Put theta_hat or theta in place; a flag on a device says which where the host can't know."""
         if target is not False:
-            self._switch.check_not_replaced()
+            self._exchange.check_not_replaced()
         # Trainers call train() before every batch.
-        if self._switch.position is target and self._planner.inventory.is_current(*self._planned):
+        if self._exchange.mode is target and self._planner.inventory.is_current(*self._planned):
             return
         if target is False:
             self._check_loaded()
         self._planner.swap(*self._planned, target)
-        self._switch.turn(target if isinstance(target, bool) and self._planner.inventory.is_known else None)
+        self._exchange.turn(target if isinstance(target, bool) and self._planner.inventory.is_known else None)
 
     def _check_loaded(self) -> None:
         """Look once at what the parameters hold, when a state that calls it theta_hat is first used with them."""
-        if self._switch.is_loaded and self.predicted:
+        if self._exchange.is_loaded and self.predicted:
             checkpoint.warn_of_mismatch(self.rule, *self._planned)
-        self._switch.is_loaded = False
+        self._exchange.is_loaded = False
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])

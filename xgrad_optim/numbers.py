@@ -21,14 +21,14 @@ from xgrad_optim.rule import Rule
 from xgrad_optim.state import State
 
 STEP, PREDICTED, SHIFT = 0, 1, 2
-"""Places in a vector of numbers; the direction's coefficients follow."""
+"""Indices of a vector of numbers; the direction's coefficients follow."""
 
 UNKNOWN = -1
 """The mode of a parameter that only the device knows; the version counters of one that nobody follows."""
 
 
 class Numbers(ABC):
-    """The numbers of all parameters that have state and live at one place, in the order of the parameters.
+    """The numbers of all parameters that have state and live on one device, in the order of the parameters.
 
     Attributes:
         params: these parameters.
@@ -115,31 +115,31 @@ class Numbers(ABC):
 
 
 class HostNumbers(Numbers):
-    """Numbers that the host reads and writes, in one table."""
+    """Numbers that the host reads and writes, in one matrix."""
 
     def __init__(self, rule: Rule) -> None:
         super().__init__(rule)
-        self.table = torch.empty((0, len(rule.number_keys)), dtype=torch.float64, device=HOST)
-        self._version = self.table._version
+        self.matrix = torch.empty((0, len(rule.number_keys)), dtype=torch.float64, device=HOST)
+        self._version = self.matrix._version
 
     @property
     def values(self) -> numpy.ndarray:
-        """The table for numpy, which leaves its version counter alone.
+        """The matrix for numpy, which leaves its version counter alone.
 
         Made anew at each use: torch moves the memory to share it with another process.
         """
-        return self.table.numpy()
+        return self.matrix.numpy()
 
     @property
     def is_untouched(self) -> bool:
-        return self.table._version == self._version
+        return self.matrix._version == self._version
 
     def bind(self, params: list[Tensor], states: list[State]) -> None:
         values = [[float(value) for value in self._held_by(state)] for state in states]
-        table = torch.tensor(values, dtype=torch.float64, device=HOST)
-        self.table = table.reshape(len(states), len(self._rule.number_keys))
-        self._version = self.table._version
-        self._adopt(params, list(self.table.unbind()), states)
+        matrix = torch.tensor(values, dtype=torch.float64, device=HOST)
+        self.matrix = matrix.reshape(len(states), len(self._rule.number_keys))
+        self._version = self.matrix._version
+        self._adopt(params, list(self.matrix.unbind()), states)
 
     def modes(self) -> numpy.ndarray:
         return self.values[:, PREDICTED]
@@ -171,10 +171,10 @@ class HostNumbers(Numbers):
         values = self.values[[member.index for member in members]].tolist()
         keys = [(id(member.options), *numbers) for member, numbers in zip(members, values, strict=True)]
         first: dict[tuple[float, ...], int] = {}
-        for place, key in enumerate(keys):
-            first.setdefault(key, place)
+        for index, key in enumerate(keys):
+            first.setdefault(key, index)
         row_of = {key: row for row, key in enumerate(first)}
-        options = [members[place].options for place in first.values()]
+        options = [members[index].options for index in first.values()]
         return RowSources([row_of[key] for key in keys], options, list(first.values()), [])
 
     def rows(self, launch: Launch, target: Target, scaling: Scaling) -> HostRows:
@@ -262,8 +262,8 @@ class DeviceNumbers(Numbers):
 
     def sources(self, members: Sequence[Member]) -> RowSources:
         groups = {id(member.options): member.options for member in members}
-        place = {key: index for index, key in enumerate(groups)}
-        group_of = [place[id(member.options)] for member in members]
+        index_of = {key: index for index, key in enumerate(groups)}
+        group_of = [index_of[id(member.options)] for member in members]
         return RowSources(list(range(len(members))), list(groups.values()), [], group_of)
 
     def note(self, launch: Launch, target: Target, scaling: Scaling) -> None:

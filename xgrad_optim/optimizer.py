@@ -10,12 +10,12 @@ from typing_extensions import Unpack
 
 from xgrad_optim import backends, checkpoint, recorders
 from xgrad_optim.attach import check_unshared
+from xgrad_optim.exchange import Exchange
 from xgrad_optim.modes import PredictingOptimizer, alone, recording_nothing, tensors_of
 from xgrad_optim.options import checked_options, listed_params
 from xgrad_optim.plan import Planner
 from xgrad_optim.rows import UNSCALED, Scaling
 from xgrad_optim.rule import COMMON, Common
-from xgrad_optim.switch import Switch
 
 
 class XGradOptimizer(PredictingOptimizer):
@@ -30,8 +30,8 @@ class XGradOptimizer(PredictingOptimizer):
         params = listed_params(params)
         defaults = checked_options(self.rule, {**defaults, **COMMON, **common})
         backends.check_available(defaults)
-        self._switch = Switch()
-        self._planner = Planner(self.rule, type(self).__name__, self._switch.begin)
+        self._exchange = Exchange()
+        self._planner = Planner(self.rule, type(self).__name__, self._exchange.begin)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -41,9 +41,9 @@ class XGradOptimizer(PredictingOptimizer):
                 group.setdefault(name, default)
             group.update(self._fixed())
         # What exists is emptied, not replaced: wrappers hold it through a copy of our __dict__.
-        switch = self.__dict__.setdefault("_switch", Switch())
-        switch.turn(None)
-        self.__dict__.setdefault("_planner", Planner(self.rule, type(self).__name__, switch.begin)).clear()
+        exchange = self.__dict__.setdefault("_exchange", Exchange())
+        exchange.turn(None)
+        self.__dict__.setdefault("_planner", Planner(self.rule, type(self).__name__, exchange.begin)).clear()
 
     def _fixed(self) -> dict[str, object]:
         return {**self.fixed_options, "rule": self.rule.name}
@@ -59,11 +59,11 @@ class XGradOptimizer(PredictingOptimizer):
                 distinct = {id(param[1] if isinstance(param, tuple) else param) for param in params}
                 if len(distinct) != len(params):
                     raise ValueError("a parameter appears more than once in one parameter group")
-            if self._switch.attachments:
+            if self._exchange.attachments:
                 check_unshared(self, tensors_of(params))
             param_group.update(options, params=params)
         super().add_param_group(param_group)
-        self._switch.extend()
+        self._exchange.extend()
 
     @alone
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class XGradOptimizer(PredictingOptimizer):
 
         An attached optimizer first puts theta in place, as its model's `state_dict()` does.
         """
-        if self._switch.attachments:
+        if self._exchange.attachments:
             self.eval()
         return super().state_dict()
 
@@ -96,7 +96,7 @@ class XGradOptimizer(PredictingOptimizer):
             if replaced is not None:
                 state_dict = replaced
         groups, state = checkpoint.load(self.rule, self._fixed(), self.param_groups, state_dict)
-        if self._switch.attachments:
+        if self._exchange.attachments:
             # The numbers that undo the present prediction are about to go.
             self.eval()
         try:
@@ -115,8 +115,8 @@ class XGradOptimizer(PredictingOptimizer):
             group.clear()
             group.update(loaded)
         self._planner.clear()
-        self._switch.turn(None)
-        self._switch.is_loaded = True
+        self._exchange.turn(None)
+        self._exchange.is_loaded = True
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -142,14 +142,14 @@ class XGradOptimizer(PredictingOptimizer):
         loss = None
         if closure is not None:
             loss = torch.enable_grad()(closure)()
-        with self._switch.lock:
-            self._switch.check_not_replaced()
+        with self._exchange.lock:
+            self._exchange.check_not_replaced()
             self._check_loaded()
             with recording_nothing():
                 self._planner.note_frozen(self.param_groups)
                 are_predicted = self._planner.step(self.param_groups, self.state, self._scaling())
             # Where a skipped step left theta in place, or the host can't know, the next forward has to look.
-            self._switch.turn(True if are_predicted else None)
+            self._exchange.turn(True if are_predicted else None)
         return loss
 
     def _scaling(self) -> Scaling:

@@ -21,7 +21,7 @@ EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiabl
 
 FLAGS = ("amsgrad", "decoupled_weight_decay", "master_weights", "maximize", "nesterov", "capturable", "differentiable")
 
-SWITCHES = (*FLAGS, "foreach", "fused", "backend")
+LAUNCH_OPTIONS = (*FLAGS, "foreach", "fused", "backend")
 """Options that are no numbers. They are checked when launches are built, which a change of one brings about."""
 
 ROUNDING = 1e-12
@@ -66,7 +66,7 @@ def checked_options(rule: Rule, options: Options, *, check_ranges: bool = True) 
     for name in ("foreach", "fused"):
         if options.get(name) is not None:
             kept[name] = _flag(name, options[name])
-    _check_switches(kept)
+    _check_flags(kept)
     return kept
 
 
@@ -143,7 +143,7 @@ def _flag(name: str, value: object) -> bool:
     return bool(result)
 
 
-def _check_switches(options: Options) -> None:
+def _check_flags(options: Options) -> None:
     if options.get("nesterov"):
         raise ValueError(
             "nesterov=True is not an option of XSGDM: prediction_steps=momentum is Nesterov momentum as the model "

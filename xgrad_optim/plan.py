@@ -83,7 +83,7 @@ class Plan:
     def read(self, grads: list[Tensor] | None) -> bool:
         """Look at the tensors as they now are. False where they do not fit the launches any more."""
         for launch, _, runner in self.runs:
-            if not runner.read(grads and [grads[position] for position in launch.positions]):
+            if not runner.read(grads and [grads[index] for index in launch.grad_indices]):
                 return False
         return True
 
@@ -238,7 +238,7 @@ class Planner:
         numbers = self.inventory.numbers.get(HOST)
         if not shifts or not isinstance(numbers, HostNumbers):
             return
-        numbers.displace([self.inventory.places[param][1] for param in shifts], [*shifts.values()])
+        numbers.displace([self.inventory.indices[param][1] for param in shifts], [*shifts.values()])
         present = numbers.shifts()
         if any(shifts.values()) and present != self._seen_shifts:
             self._swaps, self._seen_shifts = {}, present  # who shared a row may not do so any more
@@ -331,7 +331,7 @@ class Planner:
         rule = self._rule
         divided: dict[tuple[object, ...], list[int]] = {}
         params = list(members)
-        for position, (param, (options, state)) in enumerate(members.items()):
+        for index, (param, (options, state)) in enumerate(members.items()):
             key = (
                 param.device,
                 param.dtype,
@@ -339,16 +339,16 @@ class Planner:
                 "max_exp_avg_sq" in state,
                 "master_weights" in state,
                 is_flat(param, self.inventory.buffers(state)),
-                id(self.inventory.places[param][0]),
+                id(self.inventory.indices[param][0]),
                 *(options[name] for name in ("backend", "foreach", "fused", "capturable")),
             )
-            divided.setdefault(key, []).append(position)
+            divided.setdefault(key, []).append(index)
         runs = []
-        for key, positions in divided.items():
-            numbers = self.inventory.places[params[positions[0]]][0]
-            chosen = [Member(params[i], *members[params[i]], self.inventory.places[params[i]][1]) for i in positions]
+        for key, indices in divided.items():
+            numbers = self.inventory.indices[params[indices[0]]][0]
+            chosen = [Member(params[i], *members[params[i]], self.inventory.indices[params[i]][1]) for i in indices]
             vectors = [(numbers.vectors[member.index], numbers.views[member.index][STEP]) for member in chosen]
-            launch = Launch(rule, chosen, positions, vectors, numbers.sources(chosen), has_grad)
+            launch = Launch(rule, chosen, indices, vectors, numbers.sources(chosen), has_grad)
             options = chosen[0].options if key[5] else {**chosen[0].options, **_NOT_FLAT}
             runs.append(Run(launch, numbers, backends.bind(launch, numbers, options)))
         return Plan(runs, params)
@@ -386,7 +386,7 @@ class Planner:
         lost = [param for param in leaving.spoiled if not self._is_equal_still(param)]
         self._give_up(lost)
         for param in chain(leaving.undone, lost, leaving.settled):
-            numbers, index = self.inventory.places[param]
+            numbers, index = self.inventory.indices[param]
             numbers.settle([index])
             values = state.get(param)
             if isinstance(values, dict) and values.get("predicted") is not numbers.views[index][PREDICTED]:
@@ -395,7 +395,7 @@ class Planner:
 
     def _is_equal_still(self, param: Tensor) -> bool:
         """Whether the state that somebody wrote to undoes the prediction all the same: it was copied there, say."""
-        (numbers, index), known = self.inventory.places[param], self.inventory.known[param]
+        (numbers, index), known = self.inventory.indices[param], self.inventory.known[param]
         state = {**known.buffers, **dict(zip(self._rule.number_keys, numbers.views[index], strict=True))}
         is_held, is_moved = round_trip(self._rule, [{**known.options, "params": [param]}], {param: state})
         numbers.versions[index] = UNKNOWN

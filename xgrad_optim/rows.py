@@ -1,7 +1,7 @@
 """The rows of coefficients that a launch reads: of the options of its param groups, and of the state's numbers.
 
 They are computed in float64 and rounded once. Back ends whose kernels write the numbers make them by the same text in
-their own language (csrc/rows.h, kernels/rows.py), of an `OptionTable`.
+their own language (csrc/rows.h, kernels/rows.py), of an `OptionArray`.
 """
 
 import struct
@@ -50,7 +50,7 @@ class HostRows(NamedTuple):
     """float64 `[n_rows, n_numbers]`: the numbers once the launch has run."""
 
 
-class OptionTable:
+class OptionArray:
     """What a kernel makes the rows of beside the numbers: the options of each param group.
 
     Args:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from xgrad_optim import backends, checkpoint, recorders
 from xgrad_optim.attach import check_unshared
+from xgrad_optim.exchange import Exchange
 from xgrad_optim.layout import local
 from xgrad_optim.modes import PredictingOptimizer, alone, recording_nothing, tensors_of
 from xgrad_optim.notes import warn
@@ -22,7 +23,6 @@ from xgrad_optim.options import checked_options, listed_params, number
 from xgrad_optim.plan import Groups, Planner, States
 from xgrad_optim.sgdm import SGDM
 from xgrad_optim.state import State
-from xgrad_optim.switch import Switch
 
 BUFFER = "momentum_buffer"
 """The last update, as XSGDM has it that predicts by the same number: theta_hat = theta - shift * buffer."""
@@ -101,8 +101,8 @@ class XGrad(PredictingOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._switch = Switch()
-        self._planner = Planner(SGDM, type(self).__name__, self._switch.begin)
+        self._exchange = Exchange()
+        self._planner = Planner(SGDM, type(self).__name__, self._exchange.begin)
         self._views: Groups = []
         self._complete_groups()
 
@@ -142,11 +142,11 @@ class XGrad(PredictingOptimizer):
         if isinstance(param_group, dict):
             steps = _checked_steps(param_group.get(STEPS, self._steps))
             params = listed_params(param_group["params"])
-            if self._switch.attachments:
+            if self._exchange.attachments:
                 check_unshared(self, tensors_of(params))
             param_group.update({STEPS: steps, "params": params})
         self.base.add_param_group(param_group)
-        self._switch.extend()
+        self._exchange.extend()
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
@@ -169,7 +169,7 @@ class XGrad(PredictingOptimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        if self._switch.attachments:
+        if self._exchange.attachments:
             self.eval()
         saved = self.base.state_dict()
         state = dict(saved["state"])
@@ -219,7 +219,7 @@ class XGrad(PredictingOptimizer):
                 "the loaded state was saved by another optimizer while its parameters held predicted weights, which "
                 "are taken for the true ones here: save it in evaluation mode, and the model beside it"
             )
-        if self._switch.attachments:
+        if self._exchange.attachments:
             self.eval()  # what undoes the present prediction is about to go
         loaded: list[None] = []
         try:
@@ -238,8 +238,8 @@ class XGrad(PredictingOptimizer):
         self._own.update(own)
         self._complete_groups()
         self._planner.clear()
-        self._switch.turn(None)
-        self._switch.is_loaded = True
+        self._exchange.turn(None)
+        self._exchange.is_loaded = True
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -274,15 +274,15 @@ class XGrad(PredictingOptimizer):
         if recorders.is_any():
             self._refuse_recorders()
         arguments = () if closure is None else (_answer(torch.enable_grad()(closure)()),)
-        with self._switch.lock:
-            self._switch.check_not_replaced()
+        with self._exchange.lock:
+            self._exchange.check_not_replaced()
             self._check_loaded()
             # Known here, or waited for, as for any optimizer that leaves this to the scaler.
             if bool(getattr(self, "found_inf", False)):
                 return None
             with recording_nothing():
                 result = self._step(arguments)
-            self._switch.turn(True if self._planner.inventory.are_all_predicted else None)
+            self._exchange.turn(True if self._planner.inventory.are_all_predicted else None)
         return result
 
     def _step(self, arguments: tuple[Callable[[], Any], ...]) -> Any:
@@ -307,7 +307,7 @@ class XGrad(PredictingOptimizer):
         # From here on the buffers hold theta as it was, so nothing may be predicted by them.
         planner.predict_by(dict.fromkeys(ahead, 0.0))
         _copy(move.buffers, move.thetas)
-        self._switch.begin(False)  # forwards of other threads wait from here on
+        self._exchange.begin(False)  # forwards of other threads wait from here on
         done: list[Any] = []
         try:
             self._advance(move, done)
@@ -387,7 +387,7 @@ def _check_base(base: object) -> None:
             f"XGrad expects an optimizer, got {given}: make it first, XGrad(torch.optim.AdamW(model.parameters()))"
         )
     if isinstance(base, XGradOptimizer):
-        if base._switch.attachments:
+        if base._exchange.attachments:
             raise ValueError(
                 f"the {name} is attached to a model: call remove() on its handle, and attach the XGrad of it"
             )

@@ -11,7 +11,7 @@ from xgrad_optim.backends import addresses, build
 from xgrad_optim.launch import Launch
 from xgrad_optim.layout import owns_memory
 from xgrad_optim.numbers import HostNumbers
-from xgrad_optim.rows import HOST, OptionTable, Scaling, Target
+from xgrad_optim.rows import HOST, OptionArray, Scaling, Target
 
 ISA = os.environ.get("XGRAD_CPU_ISA", "")
 """The instruction set to use, "avx512", "avx2" or "baseline"; empty for the best one. It changes no bit."""
@@ -57,7 +57,7 @@ class Runner:
         self._reader = addresses.follow(launch, writes_numbers=True)
         self.read, self.versions, self.finish = self._reader.read, self._reader.versions, self._reader.finish
         rule, sources, tables = launch.rule, launch.sources, launch.tables
-        self._options = OptionTable(rule, sources.options, launch.device)
+        self._options = OptionArray(rule, sources.options, launch.device)
         n_rows = len(sources.members)
         self.rows = torch.empty((n_rows, len(rule.columns)), dtype=launch.compute_dtype, device=HOST)
         self._next_numbers = torch.empty((n_rows, len(rule.number_keys)), dtype=torch.float64, device=HOST)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from xgrad_optim.backends import addresses
 from xgrad_optim.launch import Launch
 from xgrad_optim.numbers import DeviceNumbers, HostNumbers, Numbers, is_capturing
-from xgrad_optim.rows import OptionTable, Scaling, Target
+from xgrad_optim.rows import OptionArray, Scaling, Target
 
 _read_by_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What the replay of a graph reads again, by the first parameter that it writes: of no use any longer than that."""
@@ -66,7 +66,7 @@ class GpuRunner:
         self._fixed = {"chunks": launch.tables.chunks}
         if isinstance(numbers, DeviceNumbers):
             self._fixed["group_of"] = torch.tensor(launch.sources.group_of, dtype=torch.int64, device="cpu")
-        self._options = OptionTable(launch.rule, launch.sources.options, launch.device)
+        self._options = OptionArray(launch.rule, launch.sources.options, launch.device)
         self._after: numpy.ndarray
         self._uploaded: Uploaded
         self.read, self.versions, self.finish = self._reader.read, self._reader.versions, self._reader.finish

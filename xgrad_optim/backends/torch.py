@@ -84,9 +84,9 @@ class Runner:
         for block in islice(_all_blocks(launch, self._grads), self._n_done, None):
             scratch.fit(block.tensors["param"])
             before = {name: scratch.save(name, block.tensors[name]) for name in block.written}
-            self._saved = self._n_done, block.homes(), block.parts(before)
+            self._saved = self._n_done, block.originals(), block.parts(before)
             _run_block(launch.rule, block.tensors, self._hypers[block.row], scratch)
-            block.write_home()
+            block.write_back()
             self._n_done += 1
         # The shards' own counters have moved, autograd looks at those of the DTensors.
         increment_version([tensor for tensor in launch.written if isinstance(tensor, DTensor)])
@@ -97,9 +97,9 @@ class Runner:
         """Finish the run."""
         if self._is_done:
             return
-        n_done, homes, before = self._saved
+        n_done, originals, before = self._saved
         if n_done == self._n_done:
-            torch._foreach_copy_(homes, before)
+            torch._foreach_copy_(originals, before)
         self.run()
 
     def finish(self) -> None:
@@ -119,27 +119,29 @@ class _Block:
         self.tensors, self.row, self._bundle = tensors, row, bundle
         self.written = [name for name in tensors if name != "grad"]
 
-    def homes(self) -> list[Tensor]:
+    def originals(self) -> list[Tensor]:
         """The launch's own memory of what is written."""
         if self._bundle is None:
             return [self.tensors[name] for name in self.written]
-        return [home for name in self.written for home in self._bundle[name]]
+        return [original for name in self.written for original in self._bundle[name]]
 
     def parts(self, values: dict[str, Tensor]) -> list[Tensor]:
-        """Values like `tensors`, each beside its home."""
+        """Values like `tensors`, each beside its original."""
         if self._bundle is None:
             return [values[name] for name in self.written]
         return [
-            part.view(home.shape)
+            part.view(original.shape)
             for name in self.written
-            for part, home in zip(
-                values[name].split([home.numel() for home in self._bundle[name]]), self._bundle[name], strict=True
+            for part, original in zip(
+                values[name].split([original.numel() for original in self._bundle[name]]),
+                self._bundle[name],
+                strict=True,
             )
         ]
 
-    def write_home(self) -> None:
+    def write_back(self) -> None:
         if self._bundle is not None:
-            torch._foreach_copy_(self.homes(), self.parts(self.tensors))
+            torch._foreach_copy_(self.originals(), self.parts(self.tensors))
 
 
 def _all_blocks(launch: Launch, grads: list[Tensor] | None) -> Iterator[_Block]:

@@ -25,13 +25,13 @@ class Pin:
     was_predicted: bool | Tensor = False
 
 
-class Switch:
+class Exchange:
     """Which weights an optimizer has put in place last, and the models that must hear of it.
 
     One for each optimizer, changed in place and never replaced: hooks and wrappers of the optimizer share it.
 
     Attributes:
-        position: True where the parameters hold theta_hat, False where they hold theta, None where a look at the state
+        mode: True where the parameters hold theta_hat, False where they hold theta, None where a look at the state
             must tell: after a load, a step that skipped parameters, and while weights are being exchanged; and until
             the models are checked.
         is_checked: whether the models are known to be such that forwards see all of their weights in one mode.
@@ -45,7 +45,7 @@ class Switch:
     """
 
     def __init__(self) -> None:
-        self.position: bool | None = None
+        self.mode: bool | None = None
         self.is_checked = True
         self.lock = threading.RLock()
         self.is_loaded = False
@@ -53,16 +53,16 @@ class Switch:
         self.traced = 0
         self.attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
         self.successor: str | None = None
-        switches.add(self)
+        exchanges.add(self)
 
-    def __reduce__(self) -> tuple[type["Switch"], tuple[()]]:
-        return Switch, ()  # a copy of an optimizer is attached to nothing, and no lock can be copied
+    def __reduce__(self) -> tuple[type["Exchange"], tuple[()]]:
+        return Exchange, ()  # a copy of an optimizer is attached to nothing, and no lock can be copied
 
-    def turn(self, position: bool | None) -> None:
+    def turn(self, mode: bool | None) -> None:
         """Note what the parameters now hold."""
         if not self.is_checked:
             self.is_checked = not any(map(methodcaller("problem"), self.attachments))
-        self.position = position if self.is_checked else None
+        self.mode = mode if self.is_checked else None
         self.traced = 0
 
     def begin(self, is_swap: bool) -> None:
@@ -109,7 +109,7 @@ class Switch:
             )
 
 
-switches: weakref.WeakSet[Switch] = weakref.WeakSet()
+exchanges: weakref.WeakSet[Exchange] = weakref.WeakSet()
 """Those of all optimizers that live."""
 
 _forking = threading.local()
@@ -118,8 +118,8 @@ _forking = threading.local()
 def _hold_all() -> None:
     """Let no fork fall into a step or swap of another thread: its child would have half of it, and a lock for ever."""
     _forking.locks = ExitStack()
-    for switch in sorted(switches, key=id):  # in one order, for two threads may fork
-        _forking.locks.enter_context(switch.lock)
+    for exchange in sorted(exchanges, key=id):  # in one order, for two threads may fork
+        _forking.locks.enter_context(exchange.lock)
 
 
 def _release_all() -> None:
