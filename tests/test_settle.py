@@ -123,3 +123,18 @@ def test_a_frozen_parameter_whose_state_was_just_loaded(case, backend, act):
     params[2].requires_grad_(False)
     run(optimizer, params, act)
     assert torch.equal(params[2], theta[2])
+
+
+@every_optimizer
+@either_backend
+@acts
+def test_a_frozen_parameter_whose_state_is_a_copy(case, backend, act):
+    """The copy says that the parameter holds theta_hat, which is undone by then."""
+    optimizer, theta, params = trained(case, backend)
+    optimizer.state[params[2]] = {key: value.clone() for key, value in optimizer.state[params[2]].items()}
+    params[2].requires_grad_(False)
+    run(optimizer, params, act)
+    assert torch.equal(params[2], theta[2])
+    for mode in (False, True, False):
+        optimizer.train(mode)
+        assert torch.equal(params[2], theta[2])

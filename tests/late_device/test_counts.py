@@ -32,6 +32,7 @@ ACTIONS = {
     "eval": lambda optimizer: optimizer.eval(),
     "eval and train": lambda optimizer: (optimizer.eval(), optimizer.train()),
     "predicted": lambda optimizer: optimizer.predicted,
+    "eval and predicted": lambda optimizer: (optimizer.eval(), optimizer.predicted),
     "state_dict": lambda optimizer: optimizer.state_dict(),
 }
 

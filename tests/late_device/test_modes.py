@@ -192,3 +192,36 @@ def test_a_step_whose_skip_only_the_device_knows_leaves_the_mode_to_it():
         action()
         check_same(params, before, "after a skipped step")
     assert all(float(state["step"]) == 0 for state in optimizer.state.values())
+
+
+def test_train_after_a_skipped_step_moves_all():
+    """At theta one parameter is idle in the step, which moves it on by a swap of its own. No plan of that is kept."""
+    twins = Twins(XAdam, fused=True)
+    for step in range(2):
+        twins.step(step, OneStream())
+    twins.do(lambda optimizer: optimizer.eval())
+    for param, grad in zip(twins.late[1:], gradients(twins.host, 2)[1:], strict=True):
+        param.grad = upload(grad)
+    twins.late[0].grad = None
+    twins.late_optimizer.found_inf = upload(torch.ones(()))
+    twins.late_optimizer.step()
+    del twins.late_optimizer.found_inf
+    twins.do(lambda optimizer: optimizer.train())
+    twins.look("predicted after a skipped step at theta")
+    twins.do(lambda optimizer: optimizer.eval())
+    twins.check()
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_numbers_that_somebody_has_set(options):
+    """A step count of another tensor, as a script puts it that warms up anew, counts from there."""
+    twins = Twins(XAdam, **options)
+    for step in range(2):
+        twins.step(step, OneStream())
+    for optimizer in twins.optimizers:
+        for state in optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], 30.0)
+    for step in range(2, 4):
+        twins.step(step, OneStream())
+    twins.check()
+    assert {float(state["step"]) for state in twins.host_optimizer.state.values()} == {32.0}
