@@ -146,7 +146,8 @@ class XAdamW(XAdam):
         amsgrad: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
+        # As an argument too, so that one in `common` is a TypeError.
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **common)
 
 
 class AdamVariant(XGradOptimizer):
