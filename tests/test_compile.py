@@ -58,7 +58,8 @@ def test_a_compiled_model_is_compiled_once_for_each_mode(case, attach_to):
     optimizer.attach(compiled if attach_to == "compiled" else model)
     expected.attach(twin)
     frames, outputs = train_and_evaluate(compiled, optimizer)
-    assert counters["stats"]["unique_graphs"] == 2, "one with gradients, one without"
+    # One with gradients, one without; torch 2.11 counts the hooks in front of the compiled module for a third.
+    assert counters["stats"]["unique_graphs"] in ((2, 3) if attach_to == "model" else (2,))
     assert frames[2:] == [frames[2]] * 8, "nothing is compiled anew while lr and mode change"
     if attach_to == "compiled":
         assert not counters["graph_break"]

@@ -3,6 +3,7 @@
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.nn import Module
@@ -21,7 +22,7 @@ class Cover:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
-        covered = self.covered or getattr(type(module), self._name).__get__(module)
+        covered = self.covered or partial(getattr(type(module), self._name), module)  # dynamo knows no __get__
         return self._function(module, covered, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cover":
