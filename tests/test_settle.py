@@ -138,3 +138,23 @@ def test_a_frozen_parameter_whose_state_is_a_copy(case, backend, act):
     for mode in (False, True, False):
         optimizer.train(mode)
         assert torch.equal(params[2], theta[2])
+
+
+@every_optimizer
+@either_backend
+@acts
+def test_a_frozen_parameter_behind_one_of_which_nothing_is_predicted(case, backend, act):
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2)]
+    groups = [{"params": params[:1], "prediction_steps": 0.0}, {"params": params[1:]}]
+    optimizer = case.make(groups, lr=0.1, backend=backend)
+    for param in params:
+        param.grad = torch.ones(9)
+    optimizer.step()
+    theta_hat = params[1].detach().clone()
+    params[1].grad = None
+    params[1].requires_grad_(False)
+    run(optimizer, params, act)
+    theta = params[1].detach().clone()
+    assert not torch.equal(theta, theta_hat)
+    optimizer.eval()
+    assert torch.equal(params[1], theta)
