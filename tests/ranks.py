@@ -9,6 +9,7 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -66,7 +67,7 @@ def with_every_optimizer(test: Callable) -> Callable:
     return run_all
 
 
-def run(function: Callable, world_size: int, **arguments: Any) -> None:
+def run(function: Callable, world_size: int, is_second: bool = False, **arguments: Any) -> None:
     """Run a module's function on every rank of a new group, and fail with what its ranks raised."""
     if not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -83,7 +84,10 @@ def run(function: Callable, world_size: int, **arguments: Any) -> None:
         for member in members:
             member.kill()
             member.join()
-        if any(exits) or None in exits:
+        if -signal.SIGABRT in exits and not is_second:
+            # torch's gloo aborts a rank now and then, on a busy machine; what aborts for a reason does so again.
+            run(function, world_size, is_second=True, **arguments)
+        elif any(exits) or None in exits:
             texts = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
             pytest.fail("\n".join([f"exit codes of the ranks: {exits} (None: killed, it hung)", *texts]), pytrace=False)
 
