@@ -96,13 +96,15 @@ def make_rows_kernel(
     numbers_ptr = numbers_ptr.to(tl.pointer_type(tl.float64))
     step, predicted, shift = load_numbers(numbers_ptr, mask, 3)
     direction_prev = load_numbers(numbers_ptr + 3, mask, N_DIRECTION)
-    found_inf, to_predicted = common[5], common[6] != 0
+    is_skipped, to_predicted = common[5], common[6] != 0
     was_predicted = predicted != 0
     if IS_STEP:
         step += 1.0
         columns, accumulate, direction = step_row(options, common, step, was_predicted, shift, COEFFICIENTS)
         after = (step, tl.full(step.shape, 1.0, tl.float64), columns[4])
     else:
+        # What is in place stays untouched: with a shift of 0 the master weights would take theta_hat for a foreign write.
+        is_skipped = tl.where(to_predicted == was_predicted, 1.0, is_skipped)
         zero = tl.zeros(step.shape, tl.float64)
         there = tl.where(to_predicted & (predicted == 0), shift, 0.0)
         back = tl.where(was_predicted & (common[6] == 0), shift, 0.0)
@@ -112,7 +114,7 @@ def make_rows_kernel(
             accumulate += (zero,)
         after = (step, tl.where(to_predicted, 1.0, 0.0).to(tl.float64), shift)
     n_columns = 1 + len(columns) + N_ACCUMULATE + 2 * N_DIRECTION
-    row = (found_inf,)
+    row = (is_skipped,)
     row += columns + accumulate + direction + direction_prev
     store_numbers(rows_ptr + tensor * n_columns, row, mask)
     store_numbers(next_numbers_ptr + tensor * (3 + N_DIRECTION), after + direction, mask)

@@ -225,3 +225,28 @@ def test_numbers_that_somebody_has_set(options):
         twins.step(step, OneStream())
     twins.check()
     assert {float(state["step"]) for state in twins.host_optimizer.state.values()} == {32.0}
+
+
+@pytest.mark.parametrize("act", ["train", "forward", "true_weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_master_weights_where_the_host_does_not_know_the_mode(dtype, act):
+    """A step from theta under a GradScaler: only the device knows whether it was skipped. What is in place stays so."""
+    twins = Twins(XAdam, dtype, fused=True, master_weights=True)
+    net = Net(twins.late)
+    twins.late_optimizer.attach(net)
+    for step in range(3):
+        twins.do(lambda optimizer: optimizer.eval())
+        for optimizer, zero in zip(twins.optimizers, (upload(torch.zeros(())), torch.zeros(())), strict=True):
+            optimizer.found_inf = zero
+        twins.step(step, OneStream())
+        for optimizer in twins.optimizers:
+            del optimizer.found_inf
+        if act == "train":
+            twins.do(lambda optimizer: optimizer.train())
+        elif act == "forward":
+            net.train()()
+        else:
+            with twins.late_optimizer.true_weights():
+                pass
+        twins.look(f"step {step}")
+    twins.check()
