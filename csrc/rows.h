@@ -96,7 +96,7 @@ XGRAD_HD void make_row(bool is_step, const typename Rule::Options& options, cons
     next.direction = row.direction();
   } else {
     const bool to_predicted = common.to_predicted != 0;
-    // What is in place stays untouched: with a shift of 0 the master weights would take theta_hat for a foreign write.
+    // What is in place stays untouched: with a shift of 0 the master would take theta_hat for a foreign write.
     if (to_predicted == was_predicted) row.is_skipped = 1;
     row.direction() = numbers.direction;
     row.shift = to_predicted && !was_predicted ? numbers.shift : 0;

@@ -103,7 +103,7 @@ def make_rows_kernel(
         columns, accumulate, direction = step_row(options, common, step, was_predicted, shift, COEFFICIENTS)
         after = (step, tl.full(step.shape, 1.0, tl.float64), columns[4])
     else:
-        # What is in place stays untouched: with a shift of 0 the master weights would take theta_hat for a foreign write.
+        # What is in place stays untouched: with a shift of 0 the master would take theta_hat for a foreign write.
         is_skipped = tl.where(to_predicted == was_predicted, 1.0, is_skipped)
         zero = tl.zeros(step.shape, tl.float64)
         there = tl.where(to_predicted & (predicted == 0), shift, 0.0)

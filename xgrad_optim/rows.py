@@ -133,8 +133,7 @@ def make_row(
         row["shift"] = shift if mode and not predicted else 0.0
         row["shift_prev"] = shift if predicted and not mode else 0.0
         after = [step, float(mode), shift, *direction]
-    # Of a swap, what is in place stays untouched: with a shift of 0 the master weights would take theta_hat for a foreign
-    # write.
+    # What is in place stays untouched: with a shift of 0 the master would take theta_hat for a foreign write.
     row["is_skipped"] = 1.0 if mode is not None and mode == bool(predicted) else found_inf
     row.update({f"{name}_prev": value for name, value in previous.items()})
     return [row[column] for column in rule.columns], after
