@@ -31,34 +31,35 @@ def run(optimizer, params, act):
     getattr(optimizer, act)()
 
 
-@every_optimizer
-@either_backend
-@acts
-def test_a_frozen_parameter_that_was_idle_before(case, backend, act):
+def freeze_an_idle_one(optimizer, params):
     """The step before had no gradient for it either, so that nothing else tells the next one of it."""
-    optimizer, theta, params = trained(case, backend)
     run(optimizer, params, "step")
     params[2].requires_grad_(False)
-    run(optimizer, params, act)
-    assert torch.equal(params[2], theta[2])
 
 
-@every_optimizer
-@either_backend
-@acts
-def test_a_removed_group(case, backend, act):
-    optimizer, theta, params = trained(case, backend)
+def freeze_one_with_loaded_state(optimizer, params):
+    optimizer.load_state_dict(optimizer.state_dict())
+    params[2].requires_grad_(False)
+
+
+def remove_its_group(optimizer, params):
     optimizer.param_groups.pop()
-    run(optimizer, params, act)
-    assert torch.equal(params[2], theta[2])
+
+
+def take_its_state_away(optimizer, params):
+    del optimizer.state[params[2]]
+
+
+LEAVING = (freeze_an_idle_one, freeze_one_with_loaded_state, remove_its_group, take_its_state_away)
 
 
 @every_optimizer
 @either_backend
 @acts
-def test_a_state_that_was_taken_away(case, backend, act):
+@pytest.mark.parametrize("leave", LEAVING, ids=lambda leave: leave.__name__)
+def test_what_leaves_holds_theta(case, backend, act, leave):
     optimizer, theta, params = trained(case, backend)
-    del optimizer.state[params[2]]
+    leave(optimizer, params)
     run(optimizer, params, act)
     assert torch.equal(params[2], theta[2])
 
@@ -112,17 +113,6 @@ def test_two_halves_that_are_frozen_in_turn(case, backend):
             assert not all(map(torch.equal, theta_hat, half.parameters()))
             optimizer.train()
             assert all(map(torch.equal, theta_hat, half.parameters()))
-
-
-@every_optimizer
-@either_backend
-@acts
-def test_a_frozen_parameter_whose_state_was_just_loaded(case, backend, act):
-    optimizer, theta, params = trained(case, backend)
-    optimizer.load_state_dict(optimizer.state_dict())
-    params[2].requires_grad_(False)
-    run(optimizer, params, act)
-    assert torch.equal(params[2], theta[2])
 
 
 @every_optimizer

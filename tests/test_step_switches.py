@@ -24,26 +24,38 @@ from training import (
 )
 
 
-@every_class_with_amsgrad
-@either_precision
-@either_mode
-def test_amsgrad_switched_on_starts_its_maximum_from_the_present_second_moment(cls, master_weights, predicted):
-    optimizer, params = trained(cls, master_weights=master_weights)
+def check_switch(cls, optimizer, params, predicted, name, value, follow):
+    """A switch goes on like an optimizer that loads the state with the option, and what `follow` makes of its buffers.
+
+    `follow(state, theta)` changes the saved state of one parameter, which holds theta.
+    """
     theta = thetas(optimizer, params)
     twin_params = [PARAM(value) for value in theta]
     twin = cls(twin_params)
     optimizer.eval()
     state_dict = copy.deepcopy(optimizer.state_dict())
-    state_dict["param_groups"][0]["amsgrad"] = True
-    for state in state_dict["state"].values():
-        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+    state_dict["param_groups"][0][name] = value
+    for place, state in state_dict["state"].items():
+        follow(state, theta[place])
     twin.load_state_dict(state_dict)
     optimizer.train(predicted)
-    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer.param_groups[0][name] = value
     for step in range(3, 6):
         train(optimizer, params, [step])
         train(twin, twin_params, [step])
         assert_same(optimizer, params, twin, twin_params)
+
+
+@every_class_with_amsgrad
+@either_precision
+@either_mode
+def test_amsgrad_switched_on_starts_its_maximum_from_the_present_second_moment(cls, master_weights, predicted):
+    optimizer, params = trained(cls, master_weights=master_weights)
+
+    def follow(state, theta):
+        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+
+    check_switch(cls, optimizer, params, predicted, "amsgrad", True, follow)
 
 
 @every_class_with_amsgrad
@@ -51,21 +63,11 @@ def test_amsgrad_switched_on_starts_its_maximum_from_the_present_second_moment(c
 @either_mode
 def test_amsgrad_switched_off_goes_on_with_the_second_moment(cls, master_weights, predicted):
     optimizer, params = trained(cls, master_weights=master_weights, amsgrad=True)
-    theta = thetas(optimizer, params)
-    twin_params = [PARAM(value) for value in theta]
-    twin = cls(twin_params)
-    optimizer.eval()
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    state_dict["param_groups"][0]["amsgrad"] = False
-    for state in state_dict["state"].values():
+
+    def follow(state, theta):
         del state["max_exp_avg_sq"]
-    twin.load_state_dict(state_dict)
-    optimizer.train(predicted)
-    optimizer.param_groups[0]["amsgrad"] = False
-    for step in range(3, 6):
-        train(optimizer, params, [step])
-        train(twin, twin_params, [step])
-        assert_same(optimizer, params, twin, twin_params)
+
+    check_switch(cls, optimizer, params, predicted, "amsgrad", False, follow)
 
 
 @every_class
@@ -73,21 +75,11 @@ def test_amsgrad_switched_off_goes_on_with_the_second_moment(cls, master_weights
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_master_weights_switched_on_start_from_theta(cls, predicted, dtype):
     optimizer, params = trained(cls, dtype=dtype)
-    theta = thetas(optimizer, params)
-    twin_params = [PARAM(value) for value in theta]
-    twin = cls(twin_params)
-    optimizer.eval()
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    state_dict["param_groups"][0]["master_weights"] = True
-    for place, state in state_dict["state"].items():
-        state["master_weights"] = theta[place].float()
-    twin.load_state_dict(state_dict)
-    optimizer.train(predicted)
-    optimizer.param_groups[0]["master_weights"] = True
-    for step in range(3, 6):
-        train(optimizer, params, [step])
-        train(twin, twin_params, [step])
-        assert_same(optimizer, params, twin, twin_params)
+
+    def follow(state, theta):
+        state["master_weights"] = theta.float()
+
+    check_switch(cls, optimizer, params, predicted, "master_weights", True, follow)
 
 
 @every_class

@@ -1,6 +1,6 @@
 """The two modes of an optimizer that predicts: theta or theta_hat in the parameters, by hand or by a model's mode."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -180,6 +180,23 @@ class PredictingOptimizer(Optimizer):
         if self._exchange.is_loaded and self.predicted:
             checkpoint.warn_of_mismatch(self.rule, *self._planned)
         self._exchange.is_loaded = False
+
+    def _as_hooked(self, state_dict: Any) -> dict[str, Any]:
+        """What is to be loaded: what the pre-hooks make of a copy."""
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"loaded state dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        return state_dict
+
+    def _note_loaded(self) -> None:
+        """The state was replaced as a whole."""
+        self._planner.clear()
+        self._exchange.turn(None)
+        self._exchange.is_loaded = True
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])

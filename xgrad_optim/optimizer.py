@@ -1,6 +1,6 @@
 """The base class of the native optimizers: the step and the state. It knows no formula."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -88,13 +88,7 @@ class XGradOptimizer(PredictingOptimizer):
         Raises:
             ValueError: it belongs to another optimizer, or does not fit the parameters. Nothing has changed then.
         """
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"loaded state dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
+        state_dict = self._as_hooked(state_dict)
         groups, state = checkpoint.load(self.rule, self._fixed(), self.param_groups, state_dict)
         if self._exchange.attachments:
             # The numbers that undo the present prediction are about to go.
@@ -114,9 +108,7 @@ class XGradOptimizer(PredictingOptimizer):
         for group, loaded in zip(self.param_groups, groups, strict=True):
             group.clear()
             group.update(loaded)
-        self._planner.clear()
-        self._exchange.turn(None)
-        self._exchange.is_loaded = True
+        self._note_loaded()
 
     # -- the step ------------------------------------------------------------------------------------------------
 

@@ -196,13 +196,7 @@ class XGrad(PredictingOptimizer):
         Raises:
             ValueError: it does not fit the parameters. Nothing has changed then, nor where the base raises.
         """
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"loaded state dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
+        state_dict = self._as_hooked(state_dict)
         params = checkpoint.params_by_id(checkpoint.groups_in(state_dict, self.param_groups), self.param_groups)
         own: dict[Tensor, State] = {}
         theirs: dict[Any, Any] = {}
@@ -237,9 +231,7 @@ class XGrad(PredictingOptimizer):
         self._own.clear()
         self._own.update(own)
         self._complete_groups()
-        self._planner.clear()
-        self._exchange.turn(None)
-        self._exchange.is_loaded = True
+        self._note_loaded()
 
     # -- the step ------------------------------------------------------------------------------------------------
 
