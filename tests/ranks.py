@@ -10,6 +10,7 @@ import inspect
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -84,17 +85,20 @@ def run(function: Callable, world_size: int, is_second: bool = False, **argument
         for member in members:
             member.kill()
             member.join()
-        if -signal.SIGABRT in exits and not is_second:
-            # torch's gloo aborts a rank now and then, on a busy machine; what aborts for a reason does so again.
+        printed = "".join(file.read_text() for file in Path(folder).glob("*.stderr"))
+        if -signal.SIGABRT in exits and "gloo" in printed and not is_second:
+            # torch's gloo aborts a rank now and then, on a busy machine. Nothing else is tried again.
             run(function, world_size, is_second=True, **arguments)
         elif any(exits) or None in exits:
             texts = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
-            pytest.fail("\n".join([f"exit codes of the ranks: {exits} (None: killed, it hung)", *texts]), pytrace=False)
+            title = f"exit codes of the ranks: {exits} (None: killed, it hung)"
+            pytest.fail("\n".join([title, *texts, printed]), pytrace=False)
 
 
 def _member(name: tuple[str, str], place: tuple[Path, int, int], arguments: dict[str, Any]) -> None:
     """One rank's part in a test. Where it fails it leaves its traceback and is gone, so that no other waits for it."""
     folder, rank, world_size = place
+    os.dup2(os.open(folder / f"{rank}.stderr", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
