@@ -59,8 +59,9 @@ def interleave(
     warmup: int = 2,
     in_a_row: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the order turns from round to round.
+    """Seconds of each call in each round; the order turns from round to round. `prepare` runs before each, untimed.
 
     Calls in a row find in the caches what the one before has left there; it is one call more, which is not timed.
     """
@@ -68,6 +69,7 @@ def interleave(
     names = list(calls)
     for index in range(warmup + rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
+            prepare(name)
             if in_a_row > 1:
                 calls[name]()
             start = clock()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
-from measuring import Report
+from measuring import Report, interleave
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -51,7 +51,7 @@ def _rank(rank: int, world_size: int, rounds: int, count: int, store: Path, meas
 
 
 def _medians(mesh: DeviceMesh, rounds: int, count: int) -> dict[str, float]:
-    """Seconds of a step of each optimizer; the order turns from round to round, gradients are made off the clock."""
+    """Seconds of a step of each optimizer; gradients are made off the clock."""
     makers = {
         "AdamW default": torch.optim.AdamW,
         "AdamW fused": functools.partial(torch.optim.AdamW, fused=True),
@@ -59,16 +59,13 @@ def _medians(mesh: DeviceMesh, rounds: int, count: int) -> dict[str, float]:
     }
     params = {name: [_sharded(mesh).requires_grad_() for _ in range(count)] for name in makers}
     optimizers = {name: make(params[name]) for name, make in makers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
-    names, warmup = list(makers), 3
-    for index in range(warmup + rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            for param in params[name]:
-                param.grad = _sharded(mesh)
-            start = time.thread_time()
-            optimizers[name].step()
-            if index >= warmup:
-                seconds[name].append(time.thread_time() - start)
+
+    def new_gradients(name: str) -> None:
+        for param in params[name]:
+            param.grad = _sharded(mesh)
+
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    seconds = interleave(steps, rounds, warmup=3, clock=time.thread_time, prepare=new_gradients)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
