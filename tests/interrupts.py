@@ -1,5 +1,6 @@
 """An interrupt at a chosen line: what Ctrl-C or a signal can do to code in Python."""
 
+import contextlib
 import linecache
 import sys
 from collections.abc import Callable
@@ -36,16 +37,19 @@ def is_interrupted(n: int, act: Callable[[], object], is_ours: Callable[[CodeTyp
             count += 1
         return trace
 
+    with contextlib.suppress(Interrupt):
+        _run_traced(act, trace)
+    assert has_raised or count > 0, "no line of ours has run"
+    return has_raised
+
+
+def _run_traced(act: Callable[[], object], trace: Callable[..., Any]) -> None:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         act()
-    except Interrupt:
-        pass
     finally:
         sys.settrace(before)
-    assert has_raised or count > 0, "no line of ours has run"
-    return has_raised
 
 
 def _is_with(frame: FrameType) -> bool:
@@ -68,12 +72,7 @@ def visits(act: Callable[[], object], is_ours: Callable[[CodeType], bool], every
             count += 1
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    finally:
-        sys.settrace(before)
+    _run_traced(act, trace)
     return list(range(count)) if every else sorted({*first.values(), *last.values()})
 
 
