@@ -139,3 +139,23 @@ class FirstStep(Training):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_an_interrupt_of_the_first_step_leaves_no_state_or_all(backend, every_interrupt):
     check(lambda: FirstStep(backend), ACTIONS["step"], every_interrupt)
+
+
+class Switched(Training):
+    """Master weights were switched off after the last step."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__(PLAIN[2], backend=backend, master_weights=True)
+        for group in self.optimizer.param_groups:
+            group["master_weights"] = False
+        self.feed(2)
+
+    def theta(self) -> list[torch.Tensor]:
+        masters = [self.optimizer.state[param].get("master_weights", param) for param in self.params]
+        return super().theta() + [master.detach().clone() for master in masters]
+
+
+@needs_library
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_an_interrupt_of_a_step_that_follows_a_switch(backend, every_interrupt):
+    check(lambda: Switched(backend), ACTIONS["step"], every_interrupt)

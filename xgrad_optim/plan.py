@@ -71,10 +71,12 @@ class Plan:
         params: the parameters that take part.
         is_sharded: whether there are DTensors among them, whose gradients have to be given.
         is_sure: whether the host knows what its run leaves.
+        incoming: states as the first run finds them, each with what it becomes then.
     """
 
     def __init__(self, runs: list[Run], params: list[Tensor]) -> None:
         self.runs, self.params = runs, params
+        self.incoming: list[tuple[State, State]] = []
         self.is_sharded = any(isinstance(param, DTensor) for param in params)
         self.is_sure = all(isinstance(run.numbers, HostNumbers) for run in runs)
         launches = [run.launch for run in runs]
@@ -124,16 +126,26 @@ class Plan:
         for _, _, runner in runs:
             runner.load(target, scaling)
         try:
+            self._take_in()
             for _, _, runner in runs:
                 runner.run()
             self._note(target, scaling)
         except BaseException:
+            self._take_in()
             for launch, numbers, _ in runs:
                 numbers.forget(launch)
             for _, _, runner in runs:
                 runner.resume()
                 runner.finish()
             raise
+
+    def _take_in(self) -> None:
+        """May be interrupted, and called again."""
+        for state, values in self.incoming:
+            state.update(values)
+            for key in state.keys() - values.keys():
+                del state[key]
+        self.incoming = []
 
     def _note(self, target: Target, scaling: Scaling) -> None:
         for launch, numbers, runner in self.runs:
@@ -287,23 +299,23 @@ class Planner:
         if len(options) < len(given.params):
             raise ValueError("some parameters appear more than once in the parameter groups: list each one once")
         self._settle(groups, state)
-        self._conform(groups, state, options)
+        followed = self._followed(groups, state, options)
         created = {
-            param: new_state(self._rule, param, group)
+            param: {**as_dict(state.get(param)), **new_state(self._rule, param, group)}
             for param, group in options.items()
             if not has_state(self._rule, state.get(param))
         }
         self._warn_of_replaced(created)
         warn_of_lost_options(self._rule, state, created, options)
-        self.inventory.follow(groups, state, self._drop_plans, created)
-        members = {param: (options[param], created.get(param) or state[param]) for param in given.params}
+        incoming = {**followed, **created}
+        self.inventory.follow(groups, state, self._drop_plans, incoming)
+        members = {param: (options[param], incoming.get(param) or state[param]) for param in given.params}
         plan = self._launch(members, has_grad=True)
         if not plan.read(given.grads):
             raise RuntimeError(_UNSTEADY)
         plan.check_writes()
-        for param, values in created.items():
-            state[param].update(values)
-        self.inventory.see(groups, state)
+        plan.incoming = [(state[param], values) for param, values in incoming.items()]
+        self.inventory.see(groups, {**state, **incoming})
         self._idle = [param for param, _ in params_of(groups) if param not in options]
         self.last_step, self._swaps, self.builds = plan, {}, self.builds + 1
         return plan
@@ -353,8 +365,8 @@ class Planner:
             runs.append(Run(launch, numbers, backends.bind(launch, numbers, options)))
         return Plan(runs, params)
 
-    def _conform(self, groups: Groups, state: States, options: Mapping[Tensor, Options]) -> None:
-        """Follow a group whose amsgrad or master_weights was switched, or is not what was loaded."""
+    def _followed(self, groups: Groups, state: States, options: Mapping[Tensor, Options]) -> dict[Tensor, State]:
+        """States with the buffers that amsgrad and master_weights ask for now, where they have others."""
         switched = [
             param
             for param, group in options.items()
@@ -363,8 +375,10 @@ class Planner:
         if switched:
             # theta_hat can only be undone with the buffers that made it.
             self.swap(groups, state, False)
-            for param in switched:
-                follow_options(self._rule, param, state[param], options[param])
+        followed = {param: {**state[param]} for param in switched}
+        for param, values in followed.items():
+            follow_options(self._rule, param, values, options[param])
+        return followed
 
     # -- what leaves, leaves at theta ----------------------------------------------------------------------------
 
