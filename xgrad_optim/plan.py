@@ -71,12 +71,12 @@ class Plan:
         params: the parameters that take part.
         is_sharded: whether there are DTensors among them, whose gradients have to be given.
         is_sure: whether the host knows what its run leaves.
-        incoming: states as the first run finds them, each with what it becomes then.
+        incoming: the optimizer's states, a parameter, and what its state becomes when this first runs.
     """
 
     def __init__(self, runs: list[Run], params: list[Tensor]) -> None:
         self.runs, self.params = runs, params
-        self.incoming: list[tuple[State, State]] = []
+        self.incoming: list[tuple[States, Tensor, State]] = []
         self.is_sharded = any(isinstance(param, DTensor) for param in params)
         self.is_sure = all(isinstance(run.numbers, HostNumbers) for run in runs)
         launches = [run.launch for run in runs]
@@ -141,7 +141,8 @@ class Plan:
 
     def _take_in(self) -> None:
         """May be interrupted, and called again."""
-        for state, values in self.incoming:
+        for states, param, values in self.incoming:
+            state = states[param]
             state.update(values)
             for key in state.keys() - values.keys():
                 del state[key]
@@ -314,7 +315,7 @@ class Planner:
         if not plan.read(given.grads):
             raise RuntimeError(_UNSTEADY)
         plan.check_writes()
-        plan.incoming = [(state[param], values) for param, values in incoming.items()]
+        plan.incoming = [(state, param, values) for param, values in incoming.items()]
         self.inventory.see(groups, {**state, **incoming})
         self._idle = [param for param, _ in params_of(groups) if param not in options]
         self.last_step, self._swaps, self.builds = plan, {}, self.builds + 1
