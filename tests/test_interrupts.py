@@ -159,3 +159,20 @@ class Switched(Training):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_an_interrupt_of_a_step_that_follows_a_switch(backend, every_interrupt):
     check(lambda: Switched(backend), ACTIONS["step"], every_interrupt)
+
+
+def test_a_switch_after_a_skipped_step_and_an_interrupt_finds_no_state_to_follow():
+    """The skipped step was to make the state; nothing of it is left, and nothing is taken for it."""
+    training = FirstStep("torch")
+    optimizer, group = training.optimizer, training.optimizer.param_groups[0]
+    optimizer.found_inf = torch.ones(())
+    was_interrupted, at = True, 0
+    while was_interrupted:
+        optimizer.step()
+        group["amsgrad"] = not group["amsgrad"]
+        was_interrupted = is_interrupted(at, optimizer.step, is_ours)
+        assert not optimizer.state
+        at += 1
+    del optimizer.found_inf
+    optimizer.step()
+    assert all(("max_exp_avg_sq" in state) == group["amsgrad"] for state in optimizer.state.values())

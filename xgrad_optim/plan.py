@@ -371,7 +371,7 @@ class Planner:
         switched = [
             param
             for param, group in options.items()
-            if param in self.inventory.known and not follows_options(state[param], group)
+            if has_state(self._rule, state.get(param)) and not follows_options(state[param], group)
         ]
         if switched:
             # theta_hat can only be undone with the buffers that made it.
