@@ -45,9 +45,9 @@ std::deque<FoundKernels> found_kernels;  // a deque's elements stay where they a
 // A number for the kernels of this rule, these dtypes and these buffers. Launches name them by that: the conversion of a
 // string argument leaks, before torch 2.14.
 int64_t find_kernels_cuda(std::string rule, ScalarType param_dtype, ScalarType state_dtype, bool has_grad,
-                          bool has_max_exp_avg_sq, bool has_master_weights) {
+                          bool has_optional, bool has_master_weights) {
   const Dtype param = dtype_of(param_dtype), state = dtype_of(state_dtype);
-  const Buffers buffers{has_grad, has_max_exp_avg_sq, has_master_weights};
+  const Buffers buffers{has_grad, has_optional, has_master_weights};
   const auto find = [&](auto rule_found) -> FoundKernels {
     using Rule = decltype(rule_found);
     constexpr int64_t kOptions = (sizeof(typename Rule::Options) + sizeof(CommonOptions)) / sizeof(double);
@@ -134,7 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xgrad_optim, library) {
   library.def("cuda_problem() -> str");
   library.def(
       "find_kernels_cuda(str rule, ScalarType param_dtype, ScalarType state_dtype, bool has_grad, "
-      "bool has_max_exp_avg_sq, bool has_master_weights) -> int");
+      "bool has_optional, bool has_master_weights) -> int");
   library.def(
       "multi_tensor_cuda(Tensor table, Tensor? grads, Tensor rows, Tensor next_numbers, Tensor chunks, int chunk_size, "
       "int kernel, int stream) -> ()");

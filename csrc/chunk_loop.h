@@ -57,13 +57,11 @@ __attribute__((noinline)) void run_vectors(Line line, int64_t grad, int64_t begi
   const auto param = [](auto& element) -> V& { return element.param; };
   const auto gradient = [](auto& element) -> V& { return element.grad; };
   const auto state = [](int s) { return [s](auto& element) -> V& { return element.state[s]; }; };
-  const auto max_exp_avg_sq = [](auto& element) -> V& { return element.max_exp_avg_sq; };
   const auto master_weights = [](auto& element) -> V& { return element.master_weights; };
   for (int64_t i = begin; i < end; i += kStride<Param, State>) {
     load(at<Param>(line.param, i), param);
     if (kBuffers.has_grad) load(at<Param>(grad, i), gradient);
-    for (int s = 0; s < Rule::kNumStates; ++s) load(at<State>(line.state[s], i), state(s));
-    if (kBuffers.has_max_exp_avg_sq) load(at<State>(line.state[kMaxExpAvgSq], i), max_exp_avg_sq);
+    for (int s = 0; s < num_states<Rule>(kBuffers); ++s) load(at<State>(line.state[s], i), state(s));
     if constexpr (kBuffers.has_master_weights) load(at<T>(line.master_weights, i), master_weights);
 
     run_element<Rule, Param, State>(elements[0], hyper, kBuffers);
@@ -79,8 +77,7 @@ __attribute__((noinline)) void run_vectors(Line line, int64_t grad, int64_t begi
     store(at<Param>(line.param, i), param);
     if constexpr (kBuffers.has_master_weights) store(at<T>(line.master_weights, i), master_weights);
     if (!kBuffers.has_grad) continue;  // a swap changes no state, so it writes none
-    for (int s = 0; s < Rule::kNumStates; ++s) store(at<State>(line.state[s], i), state(s));
-    if (kBuffers.has_max_exp_avg_sq) store(at<State>(line.state[kMaxExpAvgSq], i), max_exp_avg_sq);
+    for (int s = 0; s < num_states<Rule>(kBuffers); ++s) store(at<State>(line.state[s], i), state(s));
   }
 }
 
@@ -130,7 +127,7 @@ template <class Rule, class Param, class State>
 void run_piece(const Piece& piece, const Hyper<Rule, Compute<Param>>& hyper) {
   constexpr int64_t kLength = kStride<Param, State>;
   const int64_t end = piece.offset + piece.count, whole = piece.offset + piece.count / kLength * kLength;
-  const Buffers buffers{piece.grad != 0, piece.line.state[kMaxExpAvgSq] != 0, piece.line.master_weights != 0};
+  const Buffers buffers{piece.grad != 0, piece.line.state[Rule::kNumStates] != 0, piece.line.master_weights != 0};
   const Loop<Rule, Param> loop = find_loop<Rule, Param, State>(buffers);
   loop(piece.line, piece.grad, piece.offset, whole, hyper);
   if (whole != end) run_tail<Rule, Param, State>(loop, piece, whole, hyper);

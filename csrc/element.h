@@ -53,39 +53,35 @@ struct Hyper : StepHyper<S>, Rule::template AccumulateHyper<S>, Rule::template D
 // The buffers that a launch has; the same for all its elements.
 struct Buffers {
   bool has_grad;  // else it is a swap
-  bool has_max_exp_avg_sq;
+  bool has_optional;  // the rule's
   bool has_master_weights;
 };
 
 // As one number: a template takes no struct before C++20.
 constexpr int kNumFlags = 8;
 XGRAD_HD constexpr int flags_of(Buffers buffers) {
-  return buffers.has_grad + 2 * buffers.has_max_exp_avg_sq + 4 * buffers.has_master_weights;
+  return buffers.has_grad + 2 * buffers.has_optional + 4 * buffers.has_master_weights;
 }
 XGRAD_HD constexpr Buffers buffers_of(int flags) { return {(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0}; }
 
 // Whether any launch has them: master weights lie beside state of their own width.
 template <class Rule, class Param, class State> XGRAD_HD constexpr bool exists(Buffers buffers) {
-  return (!buffers.has_max_exp_avg_sq || Rule::kSecondMoment >= 0) &&
+  return (!buffers.has_optional || Rule::kHasOptional) &&
          (!buffers.has_master_weights || sizeof(State) == sizeof(Compute<Param>));
 }
 
 template <class Rule, class T> struct Element {
-  T param, grad, state[Rule::kNumStates], max_exp_avg_sq, master_weights;
+  T param, grad, state[Rule::kNumStates + Rule::kHasOptional], master_weights;
 };
 
-// delta; amsgrad's running maximum stands in for the second moment.
+// How many states a launch with these buffers has.
+template <class Rule> XGRAD_HD constexpr int num_states(Buffers buffers) {
+  return Rule::kNumStates + (Rule::kHasOptional && buffers.has_optional);
+}
+
 template <class Number, class Rule, class T, class DirectionHyper>
 XGRAD_HD T direction_of(const Element<Rule, T>& element, const DirectionHyper& hyper, Buffers buffers) {
-  if constexpr (Rule::kSecondMoment >= 0) {
-    if (buffers.has_max_exp_avg_sq) {
-      T state[Rule::kNumStates];
-      for (int i = 0; i < Rule::kNumStates; ++i) state[i] = element.state[i];
-      state[Rule::kSecondMoment] = element.max_exp_avg_sq;
-      return Rule::template direction<Number>(state, hyper);
-    }
-  }
-  return Rule::template direction<Number>(element.state, hyper);
+  return Rule::template direction<Number>(element.state, hyper, buffers.has_optional);
 }
 
 // delta as predictions use it: rows that join with zeros for their state must not be moved by 0 / 0.
@@ -114,21 +110,17 @@ XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers 
   return Number::template round<Param>(expected) == element.param ? element.master_weights : edited;
 }
 
-// Weight decay, and the state advanced with the gradient and rounded to what will be stored: delta is taken of that, so
-// that it can be computed again.
+// Weight decay, the penalty's in the gradient; and the state advanced with that and rounded to what will be stored: delta
+// is taken of it, so that it can be computed again.
 template <class Rule, class State, class T, class Hyper>
 XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
-  T grad = element.grad;
+  T& grad = element.grad;
   if (hyper.scales) grad = hyper.grad_factor * grad;
   if (hyper.decays) grad = grad + hyper.weight_decay * theta;
-  Rule::accumulate(grad, element.state, hyper);
-  if constexpr (Rule::kSecondMoment >= 0) {
-    if (buffers.has_max_exp_avg_sq) {
-      const T largest = maximum(element.max_exp_avg_sq, element.state[Rule::kSecondMoment]);
-      element.max_exp_avg_sq = Numeric<T>::template round<State>(largest);
-    }
+  Rule::accumulate(grad, element.state, hyper, buffers.has_optional);
+  for (int s = 0; s < num_states<Rule>(buffers); ++s) {
+    element.state[s] = Numeric<T>::template round<State>(element.state[s]);
   }
-  for (T& values : element.state) values = Numeric<T>::template round<State>(values);
   return hyper.shrinks ? theta * hyper.decay_factor : theta;
 }
 
@@ -153,7 +145,9 @@ XGRAD_HD void run_element(Element<Rule, T>& element, const Hyper& hyper, Buffers
   if (buffers.has_grad) {
     theta = decay_and_accumulate<Rule, State>(theta, element, hyper, buffers);
     delta = direction_of<Numeric<T>>(element, hyper, buffers);  // once for update and prediction: a division and a root
-    theta = theta - hyper.step_size * delta;
+    T moved = delta;
+    if constexpr (Rule::kHasUpdate) moved = Rule::update(element.grad, element.state, hyper, buffers.has_optional);
+    theta = theta - hyper.step_size * moved;
     if (!buffers.has_master_weights) theta = Numeric<T>::template round<Param>(theta);
   } else if (hyper.predicts) {
     delta = direction_of<Numeric<T>>(element, hyper, buffers);

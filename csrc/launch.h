@@ -7,8 +7,7 @@
 
 namespace xgrad {
 
-constexpr int kMaxStates = 3;    // state buffers of a tensor
-constexpr int kMaxExpAvgSq = 2;  // which of them is amsgrad's running maximum, behind a rule's own two
+constexpr int kMaxStates = 3;  // state buffers of a tensor, the optional one last
 
 // One line of a launch's table: where the buffers of a tensor are, 0 for one that it does not have, and what else a
 // kernel needs to know of it. 64 bytes, so that a GPU reads a line in one piece.

@@ -40,32 +40,29 @@ __device__ __forceinline__ void run_pack(const Line& line, int64_t grad_address,
   using Number = Numeric<T>;
   constexpr Buffers kBuffers = V::kBuffers;
   Pack<Param, kWidth> param = *at<Param, kWidth>(line.param, offset), grad{};
-  Pack<State, kWidth> state[Rule::kNumStates], max_exp_avg_sq{};
+  constexpr int kNumStates = num_states<Rule>(kBuffers);
+  Pack<State, kWidth> state[kNumStates];
   Pack<T, kWidth> master_weights{};
   if (kBuffers.has_grad) grad = *at<Param, kWidth>(grad_address, offset);
-  for (int s = 0; s < Rule::kNumStates; ++s) state[s] = *at<State, kWidth>(line.state[s], offset);
-  if (kBuffers.has_max_exp_avg_sq) max_exp_avg_sq = *at<State, kWidth>(line.state[kMaxExpAvgSq], offset);
+  for (int s = 0; s < kNumStates; ++s) state[s] = *at<State, kWidth>(line.state[s], offset);
   if (kBuffers.has_master_weights) master_weights = *at<T, kWidth>(line.master_weights, offset);
 
   for (int i = 0; i < kWidth; ++i) {
     Element<Rule, T> element;
     element.param = Number::load(&param.values[i]);
     element.grad = Number::load(&grad.values[i]);
-    for (int s = 0; s < Rule::kNumStates; ++s) element.state[s] = Number::load(&state[s].values[i]);
-    element.max_exp_avg_sq = Number::load(&max_exp_avg_sq.values[i]);
+    for (int s = 0; s < kNumStates; ++s) element.state[s] = Number::load(&state[s].values[i]);
     element.master_weights = master_weights.values[i];
     run_element<Rule, Param, State>(element, hyper, kBuffers);
     Number::store(&param.values[i], element.param);
-    for (int s = 0; s < Rule::kNumStates; ++s) Number::store(&state[s].values[i], element.state[s]);
-    Number::store(&max_exp_avg_sq.values[i], element.max_exp_avg_sq);
+    for (int s = 0; s < kNumStates; ++s) Number::store(&state[s].values[i], element.state[s]);
     master_weights.values[i] = element.master_weights;
   }
 
   *at<Param, kWidth>(line.param, offset) = param;
   if (kBuffers.has_master_weights) *at<T, kWidth>(line.master_weights, offset) = master_weights;
   if constexpr (kBuffers.has_grad) {  // a swap changes no state, so it writes none
-    for (int s = 0; s < Rule::kNumStates; ++s) *at<State, kWidth>(line.state[s], offset) = state[s];
-    if (kBuffers.has_max_exp_avg_sq) *at<State, kWidth>(line.state[kMaxExpAvgSq], offset) = max_exp_avg_sq;
+    for (int s = 0; s < kNumStates; ++s) *at<State, kWidth>(line.state[s], offset) = state[s];
   }
 }
 

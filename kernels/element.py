@@ -15,24 +15,9 @@ def round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def direction_of(state, hyper, DIRECTION: tl.constexpr):
-    """delta; amsgrad's running maximum, the third buffer, stands in for the second moment."""
-    if len(state) == 3:
-        return DIRECTION((state[0], state[2]), hyper)
-    else:
-        return DIRECTION(state, hyper)
-
-
-@triton.jit
 def predicted_direction(delta, momentum):
     """delta for a displacement: rows that join with zeros for their state must not be moved by 0 / 0."""
     return tl.where(momentum == 0, momentum, delta)
-
-
-@triton.jit
-def maximum(a, b):
-    """NaN where either is, as torch.maximum."""
-    return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
@@ -40,7 +25,7 @@ def restore(param, master_weights, state, hyper, shift_prev, DIRECTION: tl.const
     """theta = R(theta_hat + d): exact, because theta_hat was made from a theta for which it is."""
     expected, theta = master_weights, param
     if shift_prev != 0:  # 0 * delta may be NaN, which must not reach the weights
-        displacement = shift_prev * predicted_direction(direction_of(state, hyper, DIRECTION), state[0])
+        displacement = shift_prev * predicted_direction(DIRECTION(state, hyper), state[0])
         if master_weights is None:
             theta = round_to(param + round_to(displacement, PARAM), PARAM)
         else:
@@ -54,16 +39,17 @@ def restore(param, master_weights, state, hyper, shift_prev, DIRECTION: tl.const
 
 
 @triton.jit
-def advance(grad, theta, state, step, hyper, ACCUMULATE: tl.constexpr, STATE: tl.constexpr):
-    """The state after this gradient, rounded to what will be stored, so that delta can be computed of it again."""
+def penalize(grad, theta, step):
+    """The gradient, unscaled and with the penalty of weight decay."""
     _, grad_factor, weight_decay, _, _, _, _ = step
     grad = grad_factor * grad
-    grad = tl.where(weight_decay != 0, grad + weight_decay * theta, grad)
-    if len(state) == 3:
-        advanced = ACCUMULATE(grad, (state[0], state[1]), hyper)
-        advanced += (maximum(state[2], advanced[1]),)
-    else:
-        advanced = ACCUMULATE(grad, state, hyper)
+    return tl.where(weight_decay != 0, grad + weight_decay * theta, grad)
+
+
+@triton.jit
+def advance(grad, state, hyper, ACCUMULATE: tl.constexpr, STATE: tl.constexpr):
+    """The state after this gradient, rounded to what will be stored, so that delta can be computed of it again."""
+    advanced = ACCUMULATE(grad, state, hyper)
     rounded = ()
     for i in tl.static_range(len(advanced)):
         rounded += (round_to(advanced[i], STATE),)
@@ -93,6 +79,7 @@ def run_element(
     numbers,
     ACCUMULATE: tl.constexpr,
     DIRECTION: tl.constexpr,
+    UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
 ):
@@ -100,7 +87,7 @@ def run_element(
 
     Args:
         grad: None for a swap.
-        state: the rule's buffers, and amsgrad's running maximum where there is one.
+        state: the rule's buffers, the optional one last where there is one.
         master_weights: None where there are none.
         numbers: one row, as tuples: the columns of every rule, the rule's own, its direction's, and the numbers that
             these had in the last prediction.
@@ -109,10 +96,14 @@ def run_element(
     _, _, _, decay_factor, step_size, shift, shift_prev = step
     theta = restore(param, master_weights, state, direction_hyper_prev, shift_prev, DIRECTION, PARAM)
     if grad is not None:
-        state = advance(grad, theta, state, step, hyper, ACCUMULATE, STATE)
-    delta = direction_of(state, direction_hyper, DIRECTION)
+        grad = penalize(grad, theta, step)
+        state = advance(grad, state, hyper, ACCUMULATE, STATE)
+    delta = DIRECTION(state, direction_hyper)
     if grad is not None:
-        theta = theta * decay_factor - step_size * delta
+        moved = delta
+        if UPDATE is not None:
+            moved = UPDATE(grad, state, hyper)
+        theta = theta * decay_factor - step_size * moved
         if master_weights is None:
             theta = round_to(theta, PARAM)
     else:

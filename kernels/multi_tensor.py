@@ -35,7 +35,7 @@ DTYPES = {
 }
 
 PARAM_COLUMN = tl.constexpr(_PARAM)
-STATE_COLUMN = tl.constexpr(_STATE)  # and the others after it, amsgrad's maximum last
+STATE_COLUMN = tl.constexpr(_STATE)  # and the others after it, the optional one last
 MASTER_WEIGHTS_COLUMN = tl.constexpr(MASTER_WEIGHTS)
 NUMEL_COLUMN = tl.constexpr(NUMEL)
 ROW_COLUMN = tl.constexpr(ROW)
@@ -85,7 +85,7 @@ def buffer_of(address, offset, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def run_block(buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr):
+def run_block(buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr, UPDATE: tl.constexpr):
     """Load, run, store."""
     param_ptr, grad_ptr, state_ptrs, master_weights_ptr = buffers
     PARAM: tl.constexpr = param_ptr.dtype.element_ty
@@ -100,7 +100,7 @@ def run_block(buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECT
     if master_weights_ptr is not None:
         master_weights = tl.load(master_weights_ptr + elements, mask)
 
-    param, state, theta = run_element(param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, PARAM, STATE)
+    param, state, theta = run_element(param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, UPDATE, PARAM, STATE)
 
     tl.store(param_ptr + elements, param.to(PARAM), mask)
     if grad_ptr is not None:  # a swap changes no state
@@ -121,6 +121,7 @@ def run_blocks(
     numbers,
     ACCUMULATE: tl.constexpr,
     DIRECTION: tl.constexpr,
+    UPDATE: tl.constexpr,
     N_STATES: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
@@ -142,7 +143,7 @@ def run_blocks(
     for first in range(start, end, BLOCK):
         elements = first + tl.arange(0, BLOCK)
         mask = None if IS_WHOLE else elements < count
-        run_block(buffers, elements, mask, numbers, ACCUMULATE, DIRECTION)
+        run_block(buffers, elements, mask, numbers, ACCUMULATE, DIRECTION, UPDATE)
 
 
 @triton.jit(do_not_specialize=["chunk_size"])
@@ -155,6 +156,7 @@ def multi_tensor_kernel(
     chunk_size,
     ACCUMULATE: tl.constexpr,
     DIRECTION: tl.constexpr,
+    UPDATE: tl.constexpr,
     N_STATES: tl.constexpr,
     N_ACCUMULATE: tl.constexpr,
     N_DIRECTION: tl.constexpr,
@@ -186,10 +188,10 @@ def multi_tensor_kernel(
     if grad_address is not None:
         bits = bits | grad_address
     end_of_whole = tl.where(bits % ALIGNMENT == 0, count // BLOCK * BLOCK, 0)
-    run_blocks(line, grad_address, offset, 0, end_of_whole, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM,
-               STATE, HAS_MASTER_WEIGHTS, BLOCK, True)  # fmt: skip
-    run_blocks(line, grad_address, offset, end_of_whole, count, count, numbers, ACCUMULATE, DIRECTION, N_STATES, PARAM,
-               STATE, HAS_MASTER_WEIGHTS, BLOCK // 2, False)  # fmt: skip
+    run_blocks(line, grad_address, offset, 0, end_of_whole, count, numbers, ACCUMULATE, DIRECTION, UPDATE, N_STATES,
+               PARAM, STATE, HAS_MASTER_WEIGHTS, BLOCK, True)  # fmt: skip
+    run_blocks(line, grad_address, offset, end_of_whole, count, count, numbers, ACCUMULATE, DIRECTION, UPDATE, N_STATES,
+               PARAM, STATE, HAS_MASTER_WEIGHTS, BLOCK // 2, False)  # fmt: skip
 
 
 def unavailable() -> str | None:
@@ -235,8 +237,8 @@ class Kernels:
     """The two kernels as this launch needs them, on the current stream."""
 
     def __init__(self, launch: Launch) -> None:
-        has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
-        self._constants = variant(launch.rule, launch.dtype, launch.state_dtype, has_max, has_master)
+        has_optional, has_master = launch.rule.has_optional(launch.state), "master_weights" in launch.state
+        self._constants = variant(launch.rule, launch.dtype, launch.state_dtype, has_optional, has_master)
         self._options = options_of(self._constants)
         self._rows_constants = rows_variant(launch.rule, launch.has_grad)
         self._launch = launch
@@ -299,14 +301,15 @@ def options_for(backend: str, warp_size: int, constants: dict[str, Any]) -> dict
 
 
 def variant(
-    rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype, has_max_exp_avg_sq: bool, has_master_weights: bool
+    rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype, has_optional: bool, has_master_weights: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for. No number of the rows is among it, nor how many tensors there are."""
-    _, accumulate, direction = RULES[rule.name]
+    _, accumulate, direction, update = RULES[rule.name]
     return {
         "ACCUMULATE": accumulate,
         "DIRECTION": direction,
-        "N_STATES": len(rule.state_keys) + has_max_exp_avg_sq,
+        "UPDATE": update,
+        "N_STATES": len(rule.state_keys) + has_optional,
         "N_ACCUMULATE": len(rule.accumulate_columns),
         "N_DIRECTION": len(rule.direction_columns),
         "PARAM": DTYPES[dtype],

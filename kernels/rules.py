@@ -2,12 +2,14 @@
 
     coefficients(options, step) -> step_size, accumulate's numbers, direction's
     accumulate(grad, state, hyper) -> state    advance the state with this gradient
-    direction(state, hyper) -> delta           the update direction
+    direction(state, hyper) -> delta           of predictions, and of updates but where there is
+    update(grad, state, hyper) -> delta        of updates alone
 
 `options` is a tuple in the order of the rule's `options`, of float64 numbers, as are the coefficients.
 
-`state` is a tuple of blocks in the order of the rule's `state_keys` (xgrad_optim/rule.py), the momentum first. `hyper`
-is one of numbers: for direction its `direction_columns`, for accumulate its `accumulate_columns` and then these. Each
+`state` is a tuple of blocks in the order of the rule's `state_keys` (xgrad_optim/rule.py), the momentum first; where a
+launch has the rule's optional buffer, that is the last. `hyper` is one of numbers: for direction its
+`direction_columns`, for accumulate and update its `accumulate_columns` and then these. Each
 operation rounds once: compile with `enable_fp_fusion=False`.
 """
 
@@ -31,6 +33,12 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def maximum(a, b):
+    """NaN where either is, as torch.maximum."""
+    return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
@@ -81,18 +89,35 @@ def sgdm_direction(state, hyper):
 
 
 @triton.jit
+def moments(state, exp_avg, exp_avg_sq):
+    """The new state: with amsgrad it has the running maximum of the second moment, too."""
+    if len(state) == 3:
+        return exp_avg, exp_avg_sq, maximum(state[2], exp_avg_sq)
+    else:
+        return exp_avg, exp_avg_sq
+
+
+@triton.jit
+def second_moment(state):
+    """exp_avg_sq; with amsgrad its running maximum stands in for it."""
+    if len(state) == 3:
+        return state[2]
+    else:
+        return state[1]
+
+
+@triton.jit
 def adam_accumulate(grad, state, hyper):
-    exp_avg, exp_avg_sq = state
+    exp_avg, exp_avg_sq = state[0], state[1]
     one_minus_beta1, beta2, one_minus_beta2, _, _ = hyper
     exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
-    return exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+    return moments(state, exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad))
 
 
 @triton.jit
 def adam_direction(state, hyper):
-    exp_avg, exp_avg_sq = state
     rsqrt_bias_correction2, eps = hyper
-    return divide(exp_avg, sqrt(exp_avg_sq) * rsqrt_bias_correction2 + eps)
+    return divide(state[0], sqrt(second_moment(state)) * rsqrt_bias_correction2 + eps)
 
 
 @triton.jit
@@ -102,7 +127,7 @@ def adabelief_accumulate(grad, state, hyper):
     one_minus_beta1, beta2, one_minus_beta2, _, eps = hyper
     exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
     surprise = grad - exp_avg
-    return exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (surprise * surprise) + eps
+    return moments(state, exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (surprise * surprise) + eps)
 
 
 @triton.jit
@@ -111,21 +136,57 @@ def adam3_accumulate(grad, state, hyper):
     exp_avg, exp_avg_sq = state
     one_minus_beta1, beta2, one_minus_beta2, eps, _ = hyper
     exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
-    return exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (exp_avg * exp_avg) + eps
+    return moments(state, exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (exp_avg * exp_avg) + eps)
 
 
 @triton.jit
 def adam3_direction(state, hyper):
-    exp_avg, exp_avg_sq = state
+    exp_avg = state[0]
     (rsqrt_bias_correction2,) = hyper
     # Zero momentum stays zero, over a second moment of zero too.
-    return divide(exp_avg, tl.where(exp_avg == 0, 1.0, sqrt(exp_avg_sq) * rsqrt_bias_correction2))
+    return divide(exp_avg, tl.where(exp_avg == 0, 1.0, sqrt(second_moment(state)) * rsqrt_bias_correction2))
+
+
+@triton.jit
+def adaplus_update(grad, state, hyper):
+    """AdaPlus (arXiv 2309.01966): Nesterov's numerator over AdaBelief's root."""
+    one_minus_beta1, _, _, rsqrt_bias_correction2, eps = hyper
+    ahead = one_minus_beta1 * (grad - state[0]) + state[0]
+    return divide(ahead, sqrt(second_moment(state)) * rsqrt_bias_correction2 + eps)
+
+
+@triton.jit
+def rmsprop_coefficients(options, step):
+    lr, alpha, eps, momentum = options
+    return lr, (tl.where(momentum > 0, momentum, 0.0), alpha, 1.0 - alpha, eps), ()
+
+
+@triton.jit
+def rmsprop_accumulate(grad, state, hyper):
+    """The quotient goes into the buffer, with a momentum of 0, too. Centered, the third state is the mean gradient."""
+    momentum, alpha, one_minus_alpha, eps = hyper
+    square_avg = alpha * state[1] + one_minus_alpha * (grad * grad)
+    variance, means = square_avg, ()
+    if len(state) == 3:
+        grad_avg = state[2] + one_minus_alpha * (grad - state[2])
+        variance = maximum(square_avg - grad_avg * grad_avg, 0.0)
+        means = (grad_avg,)
+    quotient = divide(grad, sqrt(variance) + eps)
+    momentum_buffer = tl.where(momentum == 0, quotient, momentum * state[0] + quotient)
+    return (momentum_buffer, square_avg) + means
+
+
+@triton.jit
+def rmsprop_direction(state, hyper):
+    return state[0]
 
 
 RULES = {
-    "sgdm": (sgdm_coefficients, sgdm_accumulate, sgdm_direction),
-    "adam": (adam_coefficients, adam_accumulate, adam_direction),
-    "adabelief": (adam_coefficients, adabelief_accumulate, adam_direction),
-    "adam3": (adam3_coefficients, adam3_accumulate, adam3_direction),
+    "sgdm": (sgdm_coefficients, sgdm_accumulate, sgdm_direction, None),
+    "adam": (adam_coefficients, adam_accumulate, adam_direction, None),
+    "adabelief": (adam_coefficients, adabelief_accumulate, adam_direction, None),
+    "adam3": (adam3_coefficients, adam3_accumulate, adam3_direction, None),
+    "adaplus": (adam_coefficients, adabelief_accumulate, adam_direction, adaplus_update),
+    "rmsprop": (rmsprop_coefficients, rmsprop_accumulate, rmsprop_direction, None),
 }
-"""The three functions by the rule's name."""
+"""The functions by the rule's name; None for an update along the direction."""

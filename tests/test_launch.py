@@ -56,16 +56,16 @@ def test_groups_share_one_launch_and_dtypes_do_not():
     assert column(single, "shift_prev") == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("keys", [("a", "b", "c", "d"), ("exp_avg", "exp_avg_sq", "c")], ids=["4", "3 and amsgrad"])
-def test_kernels_refuse_a_rule_with_more_states_than_a_line_has_room_for(keys):
+@pytest.mark.parametrize("n_states, optional", [(4, None), (3, OptionalBuffer("amsgrad", "d"))], ids=["4", "3 and one"])
+def test_kernels_refuse_a_rule_with_more_states_than_a_line_has_room_for(n_states, optional):
     (param,) = params_of((3,))
     optimizer = XAdam([param])
     set_gradients([param])
     optimizer.step()
     (launch,) = launches(optimizer)
     assert launch.why_no_kernel(("cpu",)) is None
-    launch.rule = dataclasses.replace(launch.rule, state_keys=keys)
-    assert f"has {len(keys)} states, it has room for {len(keys) - 1}" in launch.why_no_kernel(("cpu",))
+    launch.rule = dataclasses.replace(launch.rule, state_keys=tuple("abcd"[:n_states]), optional=optional)
+    assert f"has {n_states} states, it has room for {n_states - 1}" in launch.why_no_kernel(("cpu",))
 
 
 def test_skipped_gradients_still_make_one_launch_and_get_rows_of_their_own():

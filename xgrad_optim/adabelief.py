@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xgrad_optim.adam import AdamVariant, adam_coefficients, direction
+from xgrad_optim.adam import AMSGRAD, AdamVariant, adam_coefficients, direction, keep_largest
 from xgrad_optim.rule import Blocks, Hyper, Rule, takes_common
 
 
@@ -15,6 +15,7 @@ def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> No
     surprise = torch.sub(grad, exp_avg, out=scratch)
     surprise_sq = torch.mul(surprise, surprise, out=scratch).mul_(hyper.one_minus_beta2)
     exp_avg_sq.mul_(hyper.beta2).add_(surprise_sq).add_(hyper.eps)
+    keep_largest(state)
 
 
 ADABELIEF = Rule(
@@ -28,6 +29,7 @@ ADABELIEF = Rule(
     coefficients=adam_coefficients,
     accumulate=accumulate,
     direction=direction,
+    optional=AMSGRAD,
     stored_options=("eps",),
 )
 

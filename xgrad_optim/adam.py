@@ -11,7 +11,9 @@ from typing_extensions import Unpack
 
 from xgrad_optim.numeric import power, sqrt
 from xgrad_optim.optimizer import XGradOptimizer
-from xgrad_optim.rule import Blocks, Common, Hyper, Rule, takes_common
+from xgrad_optim.rule import Blocks, Common, Hyper, OptionalBuffer, Rule, takes_common
+
+AMSGRAD = OptionalBuffer("amsgrad", "max_exp_avg_sq", initial="exp_avg_sq")
 
 
 def adam_coefficients(options: Mapping[str, float], step: int) -> dict[str, float]:
@@ -34,11 +36,23 @@ def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> No
     exp_avg.add_(torch.sub(grad, exp_avg, out=scratch).mul_(hyper.one_minus_beta1))
     grad_sq = torch.mul(grad, grad, out=scratch).mul_(hyper.one_minus_beta2)
     exp_avg_sq.mul_(hyper.beta2).add_(grad_sq)
+    keep_largest(state)
+
+
+def keep_largest(state: Blocks) -> None:
+    """max_exp_avg_sq <- max(max_exp_avg_sq, exp_avg_sq), with amsgrad"""
+    if AMSGRAD.key in state:
+        torch.maximum(state[AMSGRAD.key], state["exp_avg_sq"], out=state[AMSGRAD.key])
+
+
+def second_moment(state: Blocks) -> Tensor:
+    """exp_avg_sq; with amsgrad its running maximum stands in for it."""
+    return state[AMSGRAD.key if AMSGRAD.key in state else "exp_avg_sq"]
 
 
 def direction(state: Blocks, hyper: Hyper, scratch: Tensor) -> Tensor:
     """delta = exp_avg / (sqrt(exp_avg_sq / bias_correction2) + eps)"""
-    denom = sqrt(state["exp_avg_sq"], out=scratch).mul_(hyper.rsqrt_bias_correction2).add_(hyper.eps)
+    denom = sqrt(second_moment(state), out=scratch).mul_(hyper.rsqrt_bias_correction2).add_(hyper.eps)
     return torch.div(state["exp_avg"], denom, out=scratch)
 
 
@@ -53,6 +67,7 @@ ADAM = Rule(
     coefficients=adam_coefficients,
     accumulate=accumulate,
     direction=direction,
+    optional=AMSGRAD,
 )
 
 

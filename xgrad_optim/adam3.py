@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xgrad_optim.adam import AdamVariant, adam_coefficients
+from xgrad_optim.adam import AMSGRAD, AdamVariant, adam_coefficients, keep_largest, second_moment
 from xgrad_optim.numeric import sqrt
 from xgrad_optim.rule import Blocks, Hyper, Rule, takes_common
 
@@ -15,12 +15,13 @@ def accumulate(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor) -> No
     exp_avg.add_(torch.sub(grad, exp_avg, out=scratch).mul_(hyper.one_minus_beta1))
     momentum_sq = torch.mul(exp_avg, exp_avg, out=scratch).mul_(hyper.one_minus_beta2)
     exp_avg_sq.mul_(hyper.beta2).add_(momentum_sq).add_(hyper.eps)
+    keep_largest(state)
 
 
 def direction(state: Blocks, hyper: Hyper, scratch: Tensor) -> Tensor:
     """delta = exp_avg / sqrt(exp_avg_sq / bias_correction2), and 0 where exp_avg is 0"""
     exp_avg = state["exp_avg"]
-    denom = sqrt(state["exp_avg_sq"], out=scratch).mul_(hyper.rsqrt_bias_correction2)
+    denom = sqrt(second_moment(state), out=scratch).mul_(hyper.rsqrt_bias_correction2)
     denom.masked_fill_(exp_avg == 0, 1.0)  # zero momentum stays zero, over a second moment of zero too
     return torch.div(exp_avg, denom, out=scratch)
 
@@ -36,6 +37,7 @@ ADAM3 = Rule(
     coefficients=adam_coefficients,
     accumulate=accumulate,
     direction=direction,
+    optional=AMSGRAD,
     positive_options=("eps",),  # without it a momentum whose square is 0 would be divided by 0
     stored_options=("eps",),
 )

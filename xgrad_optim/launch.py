@@ -20,14 +20,14 @@ CHUNK, GPU_CHUNK = 1 << 14, 1 << 12
 CHUNK_COST = 128
 """What it costs to begin a chunk, in elements; it keeps thousands of tiny tensors from counting as no work."""
 
-PARAM, STATE, MAX_EXP_AVG_SQ, MASTER_WEIGHTS, NUMEL, ROW, NUMBERS, LINE_LENGTH = 0, 1, 3, 4, 5, 6, 7, 8
+PARAM, STATE, MASTER_WEIGHTS, NUMEL, ROW, NUMBERS, LINE_LENGTH = 0, 1, 4, 5, 6, 7, 8
 """The columns of a tensor's line of the table, and how many there are (csrc/launch.h). The states begin at STATE."""
 
 
 def columns_of(rule: Rule) -> dict[str, int]:
     """Where the address of each buffer stands in a tensor's line of the table."""
-    columns = {"param": PARAM, "max_exp_avg_sq": MAX_EXP_AVG_SQ, "master_weights": MASTER_WEIGHTS}
-    return columns | {key: STATE + index for index, key in enumerate(rule.state_keys)}
+    states = {key: STATE + index for index, key in enumerate(rule.buffer_keys)}
+    return states | {"param": PARAM, "master_weights": MASTER_WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Launch:
 
     Attributes:
         rule: the math to plug in.
-        params, state: the tensors by slot; `state` holds the rule's buffers and, where in use, "max_exp_avg_sq" and
+        params, state: the tensors by slot; `state` holds the rule's buffers and, where in use, its optional one and
             "master_weights".
         has_grad: whether it steps.
         grad_indices: where the gradients of its members are among those of all that take the step.
@@ -149,7 +149,7 @@ class Launch:
         """Why a kernel over addresses, on devices of these types, can't run this launch; None where it can."""
         if self.device.type not in device_types:
             return f"parameters are on {self.device}, it runs on {' and '.join(device_types)}"
-        room = (MAX_EXP_AVG_SQ if "exp_avg_sq" in self.rule.state_keys else MASTER_WEIGHTS) - STATE
+        room = MASTER_WEIGHTS - STATE - (self.rule.optional is not None)
         if len(self.rule.state_keys) > room:
             return f"the rule {self.rule.name} has {len(self.rule.state_keys)} states, it has room for {room}"
         if self.state_dtype not in (self.dtype, self.compute_dtype):

@@ -19,7 +19,16 @@ from xgrad_optim.rule import BETAS, Options, Rule
 EXECUTION_OPTIONS = ("backend", "foreach", "fused", "capturable", "differentiable")
 """Which code runs, not what it computes: these belong to the machine, so a checkpoint does not change them."""
 
-FLAGS = ("amsgrad", "decoupled_weight_decay", "master_weights", "maximize", "nesterov", "capturable", "differentiable")
+FLAGS = (
+    "amsgrad",
+    "centered",
+    "decoupled_weight_decay",
+    "master_weights",
+    "maximize",
+    "nesterov",
+    "capturable",
+    "differentiable",
+)
 
 LAUNCH_OPTIONS = (*FLAGS, "foreach", "fused", "backend")
 """Options that are no numbers. They are checked when launches are built, which a change of one brings about."""

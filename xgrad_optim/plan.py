@@ -349,7 +349,7 @@ class Planner:
                 param.device,
                 param.dtype,
                 state[rule.state_keys[0]].dtype,
-                "max_exp_avg_sq" in state,
+                rule.has_optional(state),
                 "master_weights" in state,
                 is_flat(param, self.inventory.buffers(state)),
                 id(self.inventory.indices[param][0]),
@@ -367,11 +367,11 @@ class Planner:
         return Plan(runs, params)
 
     def _followed(self, groups: Groups, state: States, options: Mapping[Tensor, Options]) -> dict[Tensor, State]:
-        """States with the buffers that amsgrad and master_weights ask for now, where they have others."""
+        """States with the buffers that the groups' flags ask for now, where they have others."""
         switched = [
             param
             for param, group in options.items()
-            if has_state(self._rule, state.get(param)) and not follows_options(state[param], group)
+            if has_state(self._rule, state.get(param)) and not follows_options(self._rule, state[param], group)
         ]
         if switched:
             # theta_hat can only be undone with the buffers that made it.

@@ -1,11 +1,11 @@
 """What one optimizer declares: its state, its coefficients and its math; nothing else tells two of them apart."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
 
@@ -37,6 +37,20 @@ STEP_COLUMNS = ("is_skipped", "grad_factor", "weight_decay", "decay_factor", "st
 maximize and unscales; `weight_decay` is the L2 penalty, `decay_factor` the decoupled decay."""
 
 
+class OptionalBuffer(NamedTuple):
+    """A state buffer that a rule has where a flag of the param group asks for it, behind the rule's two others.
+
+    Attributes:
+        option: the flag.
+        key: the buffer.
+        initial: the buffer that it begins as a copy of where the flag is switched on in mid-training; else with zeros.
+    """
+
+    option: str
+    key: str
+    initial: str | None = None
+
+
 @dataclass(frozen=True)
 class Rule:
     """The math of one optimizer, of one element, free of lr, weight decay and prediction.
@@ -56,6 +70,9 @@ class Rule:
         coefficients: `(options, step) -> {column: value}` in float64, `step_size` included; `step` counts from 1.
         accumulate: `(grad, state, hyper, scratch)` advances `state` in place; `grad` is read only.
         direction: `(state, hyper, scratch) -> delta`, either in `scratch` or a buffer of `state`.
+        update: `(grad, state, hyper, scratch, other) -> delta` in `scratch`, where an update moves along another delta
+            than a prediction, for it takes the gradient; it may write to `other`. It is never undone.
+        optional: a buffer that not all states have. `accumulate`, `direction` and `update` find it in `state`, or not.
     """
 
     name: str
@@ -68,6 +85,8 @@ class Rule:
     coefficients: Callable[[Mapping[str, float], int], dict[str, float]]
     accumulate: Callable[[Tensor, Blocks, Hyper, Tensor], None]
     direction: Callable[[Blocks, Hyper, Tensor], Tensor]
+    update: Callable[[Tensor, Blocks, Hyper, Tensor, Tensor], Tensor] | None = None
+    optional: OptionalBuffer | None = None
     positive_options: tuple[str, ...] = ()
     signed_options: tuple[str, ...] = ()
     stored_options: tuple[str, ...] = ()
@@ -96,7 +115,19 @@ class Rule:
     @cached_property
     def buffer_keys(self) -> tuple[str, ...]:
         """State keys of all tensors that are shaped like the parameter, those of options included."""
-        return (*self.state_keys, "max_exp_avg_sq", "master_weights")
+        return (*self.state_keys, *self._optional_keys, "master_weights")
+
+    @property
+    def _optional_keys(self) -> tuple[str, ...]:
+        return () if self.optional is None else (self.optional.key,)
+
+    def has_optional(self, state: Container[str]) -> bool:
+        """Whether the optional buffer is among these."""
+        return self.optional is not None and self.optional.key in state
+
+    def asks_for_optional(self, options: Options) -> bool:
+        """Whether a param group's flag asks for the optional buffer."""
+        return self.optional is not None and bool(options.get(self.optional.option))
 
 
 class Common(TypedDict, total=False):

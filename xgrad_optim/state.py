@@ -18,8 +18,8 @@ State = dict[str, Tensor]
 def new_state(rule: Rule, param: Tensor, options: Options) -> State:
     """The state before the first step, made when that comes: the parameter still holds theta then."""
     state = {"step": torch.zeros((), dtype=torch.float64, device="cpu")}
-    keys = (*rule.state_keys, "max_exp_avg_sq") if options.get("amsgrad") else rule.state_keys
-    state |= {key: torch.zeros_like(param, requires_grad=False) for key in keys}
+    state |= {key: torch.zeros_like(param, requires_grad=False) for key in rule.state_keys}
+    _follow_flag(rule, state, options)
     if options["master_weights"]:
         add_master_weights(rule, param, state)
     return state
@@ -51,22 +51,29 @@ def state_dtype(param: Tensor, buffers: Mapping[str, Tensor]) -> torch.dtype:
     return wide if is_wide else param.dtype
 
 
-def follows_options(state: State, options: Options) -> bool:
-    """Whether the buffers are those that amsgrad and master_weights ask for."""
-    has_max, has_master = "max_exp_avg_sq" in state, "master_weights" in state
-    return has_max == options.get("amsgrad", False) and has_master == options["master_weights"]
+def follows_options(rule: Rule, state: State, options: Options) -> bool:
+    """Whether the buffers are those that the group's flags ask for."""
+    has_master = "master_weights" in state
+    return rule.has_optional(state) == rule.asks_for_optional(options) and has_master == options["master_weights"]
 
 
 def follow_options(rule: Rule, param: Tensor, state: State, options: Options) -> None:
-    """Add and drop what a switch of amsgrad or master_weights asks for. The parameter must hold theta."""
+    """Add and drop what the group's flags ask for. The parameter must hold theta."""
     if not options["master_weights"]:
         state.pop("master_weights", None)
     elif "master_weights" not in state:
         add_master_weights(rule, param, state)
-    if not options.get("amsgrad"):
-        state.pop("max_exp_avg_sq", None)
-    else:
-        state.setdefault("max_exp_avg_sq", state["exp_avg_sq"].clone())
+    _follow_flag(rule, state, options)
+
+
+def _follow_flag(rule: Rule, state: State, options: Options) -> None:
+    if rule.optional is None:
+        return
+    if not rule.asks_for_optional(options):
+        state.pop(rule.optional.key, None)
+    elif not rule.has_optional(state):
+        initial = rule.optional.initial
+        state[rule.optional.key] = state[initial].clone() if initial else torch.zeros_like(state[rule.state_keys[0]])
 
 
 def check_state(rule: Rule, param: Tensor, state: State) -> None:

@@ -49,15 +49,15 @@ def why_not(launch: Launch) -> str | None:
 
 @functools.cache
 def _kernels(
-    rule: str, dtype: torch.dtype, state_dtype: torch.dtype, has_grad: bool, has_max: bool, has_master: bool
+    rule: str, dtype: torch.dtype, state_dtype: torch.dtype, has_grad: bool, has_optional: bool, has_master: bool
 ) -> int:
     find = torch.ops.xgrad_optim.find_kernels_cuda
-    return find(rule, dtype, state_dtype, has_grad, has_max, has_master)
+    return find(rule, dtype, state_dtype, has_grad, has_optional, has_master)
 
 
 def kernels_of(launch: Launch) -> int:
-    has_max, has_master = "max_exp_avg_sq" in launch.state, "master_weights" in launch.state
-    return _kernels(launch.rule.name, launch.dtype, launch.state_dtype, launch.has_grad, has_max, has_master)
+    has_optional, has_master = launch.rule.has_optional(launch.state), "master_weights" in launch.state
+    return _kernels(launch.rule.name, launch.dtype, launch.state_dtype, launch.has_grad, has_optional, has_master)
 
 
 class Kernels:

@@ -178,7 +178,7 @@ def _hyper(rule: Rule, row: Tensor) -> Hyper:
     hyper = Hyper(**dict(zip(rule.columns, row.unbind(), strict=True)))
     hyper.prev = Hyper(**{name: getattr(hyper, f"{name}_prev") for name in rule.direction_columns})
     hyper.restores, hyper.predicts = bool(hyper.shift_prev), bool(hyper.shift)
-    hyper.predicts_one_step = hyper.shift.item() == hyper.step_size.item()
+    hyper.predicts_the_update = rule.update is None and hyper.shift.item() == hyper.step_size.item()
     hyper.scales_grad, hyper.penalizes = hyper.grad_factor.item() != 1, bool(hyper.weight_decay)
     hyper.decays = hyper.decay_factor.item() != 1
     return hyper
@@ -234,7 +234,7 @@ class _Scratch:
 
 
 def _run_block(rule: Rule, block: dict[str, Tensor], hyper: Hyper, scratch: _Scratch) -> None:
-    state = {key: scratch.load(key, block[key]) for key in (*rule.state_keys, "max_exp_avg_sq") if key in block}
+    state = {key: scratch.load(key, block[key]) for key in rule.buffer_keys if key in block and key != "master_weights"}
     theta = _restore(rule, block, state, hyper, scratch)
     delta = None
     if "grad" in block:
@@ -244,16 +244,9 @@ def _run_block(rule: Rule, block: dict[str, Tensor], hyper: Hyper, scratch: _Scr
     _predict(block, theta, delta, hyper, scratch)
 
 
-def _direction(rule: Rule, state: dict[str, Tensor], hyper: Hyper, scratch: _Scratch) -> Tensor:
-    """delta of the stored state; amsgrad's running maximum stands in for the second moment."""
-    if "max_exp_avg_sq" in state:
-        state = {**state, "exp_avg_sq": state["max_exp_avg_sq"]}
-    return rule.direction(state, hyper, scratch.get("delta"))
-
-
 def _predicted_direction(rule: Rule, state: dict[str, Tensor], hyper: Hyper, scratch: _Scratch) -> Tensor:
     """delta for a displacement: rows that join with zeros for their state must not be moved by 0 / 0."""
-    delta, momentum = _direction(rule, state, hyper, scratch), state[rule.state_keys[0]]
+    delta, momentum = rule.direction(state, hyper, scratch.get("delta")), state[rule.state_keys[0]]
     return delta if delta is momentum else torch.where(momentum == 0, momentum, delta, out=delta)
 
 
@@ -292,14 +285,14 @@ def _update(
     if hyper.decays:
         theta.mul_(hyper.decay_factor)
     rule.accumulate(grad, state, hyper, scratch.get("delta"))
-    if "max_exp_avg_sq" in state:
-        torch.maximum(state["max_exp_avg_sq"], state["exp_avg_sq"], out=state["max_exp_avg_sq"])
     for key, values in state.items():
         if values is not block[key]:
             # The direction is of the state as stored, so that it can be computed again.
             values.copy_(block[key].copy_(values))
-    delta = _direction(rule, state, hyper, scratch)
-    theta.sub_(torch.mul(delta, hyper.step_size, out=scratch.get("displacement")))
+    delta = moved = rule.direction(state, hyper, scratch.get("delta"))
+    if rule.update is not None:
+        moved = rule.update(grad, state, hyper, scratch.get("displacement"), scratch.get("update"))
+    theta.sub_(torch.mul(moved, hyper.step_size, out=scratch.get("displacement")))
     if "master_weights" not in block:
         scratch.round(theta, block["param"].dtype)
     return delta
@@ -311,7 +304,7 @@ def _predict(block: dict[str, Tensor], theta: Tensor, delta: Tensor | None, hype
     theta_hat = theta
     if delta is not None and hyper.predicts:
         displacement = scratch.get("displacement")
-        if not hyper.predicts_one_step:  # else it still holds the update, which is the same number
+        if not hyper.predicts_the_update:  # else that is what it holds
             torch.mul(delta, hyper.shift, out=displacement)
         if "master_weights" in block:
             theta_hat = torch.sub(theta, displacement, out=scratch.get("theta_hat"))
