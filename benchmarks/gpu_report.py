@@ -56,7 +56,7 @@ def common_variants(rule: str) -> list[Variant]:
     variants = [
         Variant(rule, full, full, has_grad=True),
         Variant(rule, full, full, has_grad=False),
-        Variant(rule, full, full, has_grad=True, has_max_exp_avg_sq=True),
+        Variant(rule, full, full, has_grad=True, has_optional=True),
         Variant(rule, half, full, has_grad=True, has_master_weights=True),
         Variant(rule, half, half, has_grad=True),
         Variant(rule, double, double, has_grad=True),
@@ -69,7 +69,7 @@ def describe(backend: str, architecture: str, variant: Variant, code: MachineCod
     moved = sum(width * count for widths in (loads, stores) for width, count in widths.items())
     # The loop may be unrolled: how many elements of each buffer it stores tells how many it is for.
     elements = sum(width * count for width, count in stores.items()) / sum(variant.operands()[1])
-    buffers = {"max_exp_avg_sq": variant.has_max_exp_avg_sq, "master_weights": variant.has_master_weights}
+    buffers = {"max_exp_avg_sq": variant.has_optional, "master_weights": variant.has_master_weights}
     return Line(
         backend=backend,
         architecture=architecture,

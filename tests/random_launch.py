@@ -27,16 +27,16 @@ class Variant:
     dtype: torch.dtype
     state_dtype: torch.dtype
     has_grad: bool
-    has_max_exp_avg_sq: bool = False
+    has_optional: bool = False
     has_master_weights: bool = False
 
     @property
     def buffers(self) -> tuple[bool, bool, bool]:
-        return self.has_grad, self.has_max_exp_avg_sq, self.has_master_weights
+        return self.has_grad, self.has_optional, self.has_master_weights
 
     @property
     def n_states(self) -> int:
-        return len(RULES[self.rule].state_keys) + self.has_max_exp_avg_sq
+        return len(RULES[self.rule].state_keys) + self.has_optional
 
     def operands(self) -> tuple[list[int], list[int]]:
         """Bytes of an element of each buffer that a run must load, and of each that it must store."""
@@ -46,11 +46,6 @@ class Variant:
             return [param, *[state] * len(read_by_direction(RULES[self.rule])), *masters], [param, *masters]
         states = [state] * self.n_states
         return [param, param, *states, *masters], [param, *states, *masters]
-
-
-def has_amsgrad(rule: str) -> bool:
-    """Whether it has a second moment, whose running maximum may take its place."""
-    return "exp_avg_sq" in RULES[rule].state_keys
 
 
 def read_by_direction(rule: Rule) -> set[str]:
@@ -72,10 +67,10 @@ def every_variant(rule: str) -> list[Variant]:
     pairs = [(dtype, COMPUTE_DTYPES[dtype]) for dtype in DTYPES]
     pairs += [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16)]
     return [
-        Variant(rule, dtype, state_dtype, has_grad, has_max, has_master)
+        Variant(rule, dtype, state_dtype, has_grad, has_optional, has_master)
         for dtype, state_dtype in pairs
         for has_grad in (False, True)
-        for has_max in ((False, True) if has_amsgrad(rule) else (False,))
+        for has_optional in ((False, True) if RULES[rule].optional else (False,))
         for has_master in ((False, True) if state_dtype.itemsize >= 4 else (False,))
     ]
 
@@ -159,8 +154,8 @@ class RandomLaunch:
 def random_launch(variant: Variant, sizes: tuple[int, ...], chunk_size: int) -> RandomLaunch:
     """One buffer of each tensor is misaligned, in turn; rows switch each phase of the math on and off."""
     rule, dtype = RULES[variant.rule], variant.dtype
-    has_max, has_master = variant.has_max_exp_avg_sq, variant.has_master_weights
-    keys = [*rule.state_keys, *["max_exp_avg_sq"] * has_max, *["master_weights"] * has_master]
+    optional = [rule.optional.key] if variant.has_optional and rule.optional else []
+    keys = [*rule.state_keys, *optional, *["master_weights"] * variant.has_master_weights]
     compute = COMPUTE_DTYPES[dtype]
 
     def slot(name: str, kind: torch.dtype) -> list[Tensor]:
@@ -176,7 +171,7 @@ def random_launch(variant: Variant, sizes: tuple[int, ...], chunk_size: int) -> 
     state = {key: slot(key, compute if key == "master_weights" else variant.state_dtype) for key in keys}
     row_of = [index % N_ROWS for index in range(len(sizes))]
     rows = _random_rows(rule, variant.has_grad).to(compute)
-    if has_master:
+    if variant.has_master_weights:
         for param, master in zip(params, state["master_weights"], strict=True):
             # What the master makes of them where nothing is to be undone; the others are foreign writes.
             param[::2] = master[::2].to(dtype)

@@ -38,7 +38,7 @@ ROWS_TYPES = {
 
 def constants_of(variant: Variant) -> dict[str, Any]:
     rule, dtypes = RULES[variant.rule], (variant.dtype, variant.state_dtype)
-    return multi_tensor.variant(rule, *dtypes, variant.has_max_exp_avg_sq, variant.has_master_weights)
+    return multi_tensor.variant(rule, *dtypes, variant.has_optional, variant.has_master_weights)
 
 
 @functools.cache
