@@ -109,7 +109,7 @@ class EMANesterov(Around):
 
 
 class Lookahead(Around):
-    """Lookahead (arXiv 1907.08610): after every `k` steps of the base, slow <- slow + alpha * (theta - slow) = theta."""
+    """Lookahead (arXiv 1907.08610): every `k` steps slow <- slow + alpha * (theta - slow), theta <- slow."""
 
     def __init__(self, base: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
         super().__init__(base)

@@ -17,9 +17,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,6 @@ FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 MAX_EXTENSIONS = 2
 """How often the grid grows by a factor of 2 where the best learning rate is its last or first one."""
-
-TUNING_SEEDS = (1000, 1001)
-FINAL_SEEDS = tuple(range(12))
 
 SHORT = tuple(name for name, task in TASKS.items() if task.kind in ("pilot", "new") and name != "cifar10")
 PRIMARY = (
@@ -98,48 +95,80 @@ def grid(unit: Unit) -> list[float]:
     return [middle * factor for factor in FACTORS]
 
 
-def tuned(unit: Unit, rows: Rows) -> tuple[float | None, list[Run]]:
-    """The best learning rate of a unit, or the runs that are missing to know it."""
-    lrs = grid(unit)
-    for extension in range(MAX_EXTENSIONS + 1):
-        wanted = [Run(unit.task, unit.arm, unit.schedule, lr, seed) for lr in lrs for seed in TUNING_SEEDS]
-        missing = [run for run in wanted if run not in rows]
-        if missing:
-            return None, missing
-        mean = {
-            lr: sum(rows[Run(unit.task, unit.arm, unit.schedule, lr, seed)].loss for seed in TUNING_SEEDS) for lr in lrs
-        }
-        best = min(lrs, key=mean.__getitem__)
-        if extension == MAX_EXTENSIONS or best not in (lrs[0], lrs[-1]):
-            return best, []
-        lrs = [lrs[0] / 2, *lrs] if best == lrs[0] else [*lrs, lrs[-1] * 2]
-    raise AssertionError("the last extension returns")
+@dataclass
+class Study:
+    """Which runs there are to be, and those that there are.
+
+    Attributes:
+        questions: in the order in which they are run.
+        rows: what has been run.
+    """
+
+    questions: dict[str, list[Unit]]
+    tuning_seeds: tuple[int, ...]
+    final_seeds: tuple[int, ...]
+    rows: Rows = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(unit.task for question in self.questions.values() for unit in question))
+
+    def tuned(self, unit: Unit) -> tuple[float | None, list[Run]]:
+        """The best learning rate of a unit, or the runs that are missing to know it."""
+        lrs = grid(unit)
+        for extension in range(MAX_EXTENSIONS + 1):
+            runs = {lr: [Run(unit.task, unit.arm, unit.schedule, lr, seed) for seed in self.tuning_seeds] for lr in lrs}
+            missing = [run for lr in lrs for run in runs[lr] if run not in self.rows]
+            if missing:
+                return None, missing
+            best = min(lrs, key=lambda lr: sum(self.rows[run].loss for run in runs[lr]))
+            if extension == MAX_EXTENSIONS or best not in (lrs[0], lrs[-1]):
+                return best, []
+            lrs = [lrs[0] / 2, *lrs] if best == lrs[0] else [*lrs, lrs[-1] * 2]
+        raise AssertionError("the last extension returns")
+
+    def finals(self, unit: Unit) -> list[Run]:
+        """The runs with fresh seeds: at the arm's own best learning rate, and of the X arms at their base's."""
+        arms = [unit.arm, BASE[ARMS[unit.arm].family]] if unit.arm.startswith("x") else [unit.arm]
+        lrs = [self.tuned(Unit(unit.task, arm, unit.schedule))[0] for arm in arms]
+        known = dict.fromkeys(lr for lr in lrs if lr is not None)
+        return [Run(unit.task, unit.arm, unit.schedule, lr, seed) for lr in known for seed in self.final_seeds]
+
+    def missing(self, questions: Collection[str]) -> Iterator[Run]:
+        """What is still to be run, as far as the learning rates are known, in order."""
+        for question in questions:
+            for unit in self.questions[question]:
+                best, runs = self.tuned(unit)
+                yield from runs
+                if best is not None:
+                    yield from (run for run in self.finals(unit) if run not in self.rows)
+
+    def count(self, question: str) -> tuple[int, int]:
+        """Runs that are done, and how many there will be as far as one can tell before learning rates are known."""
+        n_tuning = len(FACTORS) * len(self.tuning_seeds)
+        done = total = 0
+        for unit in self.questions[question]:
+            best, runs = self.tuned(unit)
+            wanted = [] if best is None else self.finals(unit)
+            total += n_tuning + (len(wanted) or len(self.final_seeds))
+            done += max(0, n_tuning - len(runs)) + sum(run in self.rows for run in wanted)
+        return done, total
 
 
-def finals(unit: Unit, rows: Rows) -> list[Run]:
-    """The runs with fresh seeds: at the arm's own best learning rate, and of the X arms at their base's."""
-    lrs = []
-    for arm in dict.fromkeys((unit.arm, BASE[ARMS[unit.arm].family])):
-        if arm == unit.arm or unit.arm.startswith("x"):
-            best, _ = tuned(Unit(unit.task, arm, unit.schedule), rows)
-            lrs += [] if best is None else [best]
-    return [Run(unit.task, unit.arm, unit.schedule, lr, seed) for lr in dict.fromkeys(lrs) for seed in FINAL_SEEDS]
+def full(rows: Rows) -> Study:
+    """The study of protocol.md."""
+    return Study(QUESTIONS, (1000, 1001), tuple(range(12)), rows)
 
 
-def missing(questions: Collection[str], rows: Rows) -> Iterator[Run]:
-    """What is still to be run, as far as the learning rates are known, in order."""
-    for question in questions:
-        for unit in QUESTIONS[question]:
-            best, runs = tuned(unit, rows)
-            yield from runs
-            if best is not None:
-                yield from (run for run in finals(unit, rows) if run not in rows)
+def quick(rows: Rows) -> Study:
+    """A look at three tasks in a few minutes: one seed to tune, five to compare."""
+    return Study({"quick": units(("gru", "tabular", "digits"), PRIMARY)}, (1000,), tuple(range(5)), rows)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
-COLUMNS = [field.name for field in (*fields(Run), *fields(Result))] + ["session"]
+COLUMNS = [one.name for one in (*fields(Run), *fields(Result))] + ["session"]
 
 
 def read(path: Path) -> Rows:
@@ -208,10 +237,11 @@ def start_worker() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def run_missing(questions: Collection[str], folder: Path, jobs: int, minutes: float | None) -> bool:
+def run_missing(study: Study, questions: Collection[str], folder: Path, jobs: int, minutes: float | None) -> bool:
     """Run what is missing; whether all is there at the end."""
-    rows, log, started = read(folder / "runs.csv"), Log(folder), time.monotonic()
+    log, started = Log(folder), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
+    # Spawned, not forked: a process that has used torch's threads can't be forked safely.
     executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
     running: dict[Future[Result], Run] = {}
     try:
@@ -219,7 +249,7 @@ def run_missing(questions: Collection[str], folder: Path, jobs: int, minutes: fl
             bars = {question: progress.add_task(question, total=None) for question in questions}
             while True:
                 is_over = minutes is not None and time.monotonic() - started > 60 * minutes
-                for run in () if is_over else missing(questions, rows):
+                for run in () if is_over else study.missing(questions):
                     if len(running) == jobs:
                         break
                     if run not in running.values():
@@ -228,37 +258,38 @@ def run_missing(questions: Collection[str], folder: Path, jobs: int, minutes: fl
                     return not is_over
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
-                    rows[run] = future.result()
-                    log.add(run, rows[run])
+                    study.rows[run] = future.result()
+                    log.add(run, study.rows[run])
                 for question, bar in bars.items():
-                    done, total = count(question, rows)
+                    done, total = study.count(question)
                     progress.update(bar, completed=done, total=total)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def count(question: str, rows: Rows) -> tuple[int, int]:
-    """Runs that are done, and how many there will be, as far as one can tell before the learning rates are known."""
-    done = total = 0
-    for unit in QUESTIONS[question]:
-        best, runs = tuned(unit, rows)
-        wanted = [] if best is None else finals(unit, rows)
-        n_tuning = sum(unit == Unit(run.task, run.arm, run.schedule) and run.seed in TUNING_SEEDS for run in runs)
-        n_done = sum(run in rows for run in wanted)
-        total += len(FACTORS) * len(TUNING_SEEDS) + (len(wanted) or len(FINAL_SEEDS))
-        done += len(FACTORS) * len(TUNING_SEEDS) - min(n_tuning, len(FACTORS) * len(TUNING_SEEDS)) + n_done
-    return done, total
+def positive(kind: type) -> Callable[[str], Any]:
+    """The type of an argument that is a number above 0."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number above 0 ({kind.__name__})"  # argparse shows it
+    return parse
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), metavar="QUESTION")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default %(default)s")
-    parser.add_argument("--minutes", type=float, help="start no run after that")
+    parser.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="at a time; default %(default)s")
+    parser.add_argument("--minutes", type=positive(float), help="start no run after that")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the files; default %(default)s")
     arguments = parser.parse_args()
+    study = full(read(arguments.data / "runs.csv"))
     try:
-        is_complete = run_missing(arguments.questions, arguments.data, arguments.jobs, arguments.minutes)
+        is_complete = run_missing(study, arguments.questions, arguments.data, arguments.jobs, arguments.minutes)
     except KeyboardInterrupt:
         sys.exit("interrupted: the next call goes on from here")
     print("all runs are there" if is_complete else "time is over: the next call goes on from here")

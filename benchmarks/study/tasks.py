@@ -4,7 +4,6 @@ A seed decides about all that is random in a run: the initial weights, the batch
 split by chance, these as well. Runs with one seed differ in the optimizer alone.
 """
 
-import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -287,7 +286,7 @@ def _cifar10() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     def load(*names: str) -> tuple[Tensor, Tensor]:
         parts = [pickle.loads((Path(CIFAR10) / name).read_bytes(), encoding="bytes") for name in names]
         images = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)
-        return torch.tensor(images).float() / 255, torch.tensor(sum((part[b"labels"] for part in parts), []))
+        return torch.tensor(images).float() / 255, torch.tensor(np.concatenate([part[b"labels"] for part in parts]))
 
     test = load("test_batch")
     return load(*(f"data_batch_{i}" for i in range(1, 6))), (test[0][:2000], test[1][:2000])
