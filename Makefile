@@ -8,7 +8,7 @@ VERSIONS ?= 2.11.0 2.13.0 2.14.1
 BEHAVIOUR := $(addprefix tests/test_,reference.py numeric.py swap.py parity.py launch.py schedulers.py mode.py autograd.py \
     foreign_writes.py training_loop.py distributed_one_process.py) $(wildcard tests/test_state_*.py tests/test_step_*.py)
 
-.PHONY: demo test test-versions test-clients lint docs mutants bench gpu gpu-report clean
+.PHONY: demo study results test test-versions test-clients lint docs mutants bench gpu gpu-report clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,15 @@ $(VENV)/.docs: $(VENV)/.ready
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python benchmarks/convergence.py
+	$(BIN)/python benchmarks/study/demo.py
+
+# Hours; goes on where it was interrupted. STUDY="--help" tells the options.
+study: $(VENV)/.ready
+	$(BIN)/python benchmarks/study/study.py $(STUDY)
+
+# The study's tables in README.md and docs/, and its plots, from the data that there are.
+results: $(VENV)/.ready
+	$(BIN)/python benchmarks/study/report.py
 
 # The second run has the reference back end alone: the tests of behaviour, once more.
 test: $(VENV)/.ready lint

@@ -40,7 +40,6 @@ class Member:
             0.5 and -0.25. Worked out by hand, so that the reference and the code can't share a mistake.
         move_ahead: `(params, states, group, step)` moves the weights along the direction of the state by one step, in
             torch's own multi-tensor operations.
-        lr: of each task of benchmarks/convergence.py, the one that suits the base best (see `Task` there).
     """
 
     cls: type[XGradOptimizer]
@@ -54,7 +53,6 @@ class Member:
     training: Options
     by_hand: tuple[Options, list[tuple[float, float]]]
     move_ahead: Callable[[Sequence[Tensor], Sequence[Mapping[str, Tensor]], Mapping[str, Any], int], None]
-    lr: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -153,7 +151,6 @@ FAMILY = (
         # buf: 0.5, then 0.9 * 0.5 - 0.25 = 0.2.  theta: 1 - 0.05 = 0.95, then 0.95 - 0.02 = 0.93.  hat: 0.90, 0.91
         by_hand=({"momentum": 0.9}, [(0.95, 0.90), (0.93, 0.91)]),
         move_ahead=along_the_buffer,
-        lr={"digits": 0.03, "text": 1.0},
     ),
     Member(
         cls=XAdam,
@@ -165,7 +162,6 @@ FAMILY = (
         # delta_2 * step_size = 0.1 * (0.02 / 0.19) / sqrt(0.00031225 / 0.001999) = 0.1 * 0.10526316 / 0.39522500
         by_hand=({}, [(0.9, 0.8), (0.9 - 0.02663373, 0.9 - 2 * 0.02663373)]),
         move_ahead=along_the_moments,
-        lr={"digits": 0.003, "text": 0.01},
     ),
     Member(
         cls=XAdamW,
@@ -176,7 +172,6 @@ FAMILY = (
         # the same with theta first multiplied by 1 - 0.1 * 0.5 = 0.95: 0.95 - 0.1 = 0.85, then 0.8075 - 0.02663373
         by_hand=({"weight_decay": 0.5}, [(0.85, 0.75), (0.8075 - 0.02663373, 0.8075 - 2 * 0.02663373)]),
         move_ahead=along_the_moments,
-        lr={"digits": 0.003, "text": 0.01},
     ),
     Member(
         cls=XAdaBelief,
@@ -195,7 +190,6 @@ FAMILY = (
         # surprise -0.27: v = 0.0002022975 + 0.0000729 = 0.0002751975; / 0.001999 = 0.13766758, root 0.37103582
         by_hand=({}, [(1 - 1 / 9, 1 - 2 / 9), (8 / 9 - 0.02837008, 8 / 9 - 2 * 0.02837008)]),
         move_ahead=along_the_moments,
-        lr={"digits": 0.003, "text": 0.01},
     ),
     Member(
         cls=XAdaM3,
@@ -214,7 +208,6 @@ FAMILY = (
         # v = 0.0000024975 + 0.0000004 = 0.0000028975; / 0.001999 = 0.00144947474, root 0.03807196; 0.010526316 / that
         by_hand=({}, [(0.0, -1.0), (-0.27648473, -2 * 0.27648473)]),
         move_ahead=partial(along_the_moments, adds_eps=False),
-        lr={"digits": 0.003, "text": 0.001},
     ),
 )
 
