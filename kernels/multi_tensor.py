@@ -85,7 +85,9 @@ def buffer_of(address, offset, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def run_block(buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr, UPDATE: tl.constexpr):
+def run_block(
+    buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECTION: tl.constexpr, UPDATE: tl.constexpr
+):
     """Load, run, store."""
     param_ptr, grad_ptr, state_ptrs, master_weights_ptr = buffers
     PARAM: tl.constexpr = param_ptr.dtype.element_ty
@@ -100,7 +102,9 @@ def run_block(buffers, elements, mask, numbers, ACCUMULATE: tl.constexpr, DIRECT
     if master_weights_ptr is not None:
         master_weights = tl.load(master_weights_ptr + elements, mask)
 
-    param, state, theta = run_element(param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, UPDATE, PARAM, STATE)
+    param, state, theta = run_element(
+        param, grad, state, master_weights, numbers, ACCUMULATE, DIRECTION, UPDATE, PARAM, STATE
+    )
 
     tl.store(param_ptr + elements, param.to(PARAM), mask)
     if grad_ptr is not None:  # a swap changes no state

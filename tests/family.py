@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW
+from xgrad_optim import XSGDM, XAdaBelief, XAdam, XAdaM3, XAdamW, XAdaPlus, XRMSprop
 from xgrad_optim.optimizer import XGradOptimizer
 from xgrad_optim.rule import COMMON, Rule
 
@@ -208,6 +208,39 @@ FAMILY = (
         # v = 0.0000024975 + 0.0000004 = 0.0000028975; / 0.001999 = 0.00144947474, root 0.03807196; 0.010526316 / that
         by_hand=({}, [(0.0, -1.0), (-0.27648473, -2 * 0.27648473)]),
         move_ahead=partial(along_the_moments, adds_eps=False),
+    ),
+    Member(
+        cls=XAdaPlus,
+        like=torch.optim.AdamW,
+        is_base=False,
+        is_decoupled=True,
+        configurations=(
+            {"weight_decay": 0.1},
+            {"amsgrad": True, "eps": 1e-4},
+            {"maximize": True, "betas": (0.8, 0.95)},
+        ),
+        training={"betas": (0.8, 0.9), "eps": 1e-6},
+        # As XAdaBelief, with the numerators 0.9 * 0.05 + 0.1 * 0.5 = 0.095 and 0.9 * 0.02 + 0.1 * -0.25 = -0.007:
+        # theta 1 - 0.095 / 0.45, then + 0.1 / 0.19 * 0.007 / 0.37103582; the displacements are XAdaBelief's
+        by_hand=(
+            {"eps": 0.0, "weight_decay": 0.0},
+            [(0.78888889, 0.78888889 - 1 / 9), (0.79881842, 0.79881842 - 0.02837008)],
+        ),
+        move_ahead=along_the_moments,
+    ),
+    Member(
+        cls=XRMSprop,
+        like=torch.optim.RMSprop,
+        configurations=(
+            {"momentum": 0.9, "weight_decay": 0.1},
+            {"centered": True, "alpha": 0.8},
+            {"centered": True, "momentum": 0.5, "maximize": True},
+        ),
+        training={"alpha": 0.9, "eps": 1e-6, "momentum": 0.8},
+        # square_avg: 0.0025, root 0.05; theta: 1 - 0.1 * 0.5 / 0.05 = 0, theta_hat: -1
+        # square_avg: 0.002475 + 0.000625 = 0.0031, root 0.05567764; theta: 0 + 0.1 * 0.25 / 0.05567764 = 0.44901326
+        by_hand=({"eps": 0.0}, [(0.0, -1.0), (0.44901326, 2 * 0.44901326)]),
+        move_ahead=along_the_buffer,
     ),
 )
 

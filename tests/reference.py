@@ -17,7 +17,7 @@ Array = np.ndarray
 class Reference:
     """One optimizer of the family over a list of arrays.
 
-    `name` is one of sgdm, adam, adabelief, adam3; `options` are the constructor's; the dtype of the arrays is the
+    `name` is that of a rule, which has a method below; `options` are the constructor's; the dtype of the arrays is the
     compute type. What it computes beyond the paper is the numeric contract's rounding to narrower types: `store`
     rounds to the state's dtype, `write` to the parameter's, and without `master_weights` theta is rounded so that it
     survives the way to theta_hat and back.
@@ -72,9 +72,9 @@ class Reference:
         if self.decoupled:
             theta = theta * real(1 - options["lr"] * options["weight_decay"])
         rule: Callable = getattr(self, f"_{self.name}")
-        delta, step_size = rule(self.states[index], grad, self.steps[index], real)
+        delta, step_size, *update = rule(self.states[index], grad, self.steps[index], real)
         self.deltas[index], self.step_sizes[index] = delta, step_size
-        self.thetas[index] = theta - real(step_size) * delta
+        self.thetas[index] = theta - real(step_size) * (update[0] if update else delta)
         if not self.options["master_weights"]:
             self._settle(index)
 
@@ -130,6 +130,29 @@ class Reference:
         m, v = state["exp_avg"], state["exp_avg_sq"] = self.store(m), self.store(v)
         r, step_size = self._finish(step, real)
         return m / (np.sqrt(self._second(state, v)) * r + real(eps)), step_size
+
+    def _adaplus(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float, Array]:
+        """The update's numerator is beta1 * m + (1 - beta1) * g; what follows it is predicted from m alone."""
+        delta, step_size = self._adabelief(state, grad, step, real)
+        m, v, beta1 = state["exp_avg"], state["exp_avg_sq"], self.options["betas"][0]
+        denom = np.sqrt(state.get("max_exp_avg_sq", v)) * self._finish(step, real)[0] + real(self.options["eps"])
+        return delta, step_size, (m + real(1 - beta1) * (grad - m)) / denom
+
+    def _rmsprop(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
+        options, zero = self.options, np.zeros_like(grad)
+        alpha, one_minus_alpha = real(options["alpha"]), real(1 - options["alpha"])
+        v = alpha * state.get("square_avg", zero) + one_minus_alpha * (grad * grad)
+        variance = v
+        if options["centered"]:
+            mean = state.get("grad_avg", zero)
+            mean = mean + one_minus_alpha * (grad - mean)
+            variance = np.maximum(v - mean * mean, 0)
+            state["grad_avg"] = self.store(mean)
+        buffer = grad / (np.sqrt(variance) + real(options["eps"]))
+        if options["momentum"] != 0:
+            buffer = real(options["momentum"]) * state.get("momentum_buffer", zero) + buffer
+        state["square_avg"], state["momentum_buffer"] = self.store(v), self.store(buffer)
+        return state["momentum_buffer"], options["lr"]
 
     def _adam3(self, state: dict[str, Array], grad: Array, step: int, real: type) -> tuple[Array, float]:
         beta2, eps = self.options["betas"][1], self.options["eps"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cuda_kernels import needs_compiler, needs_nvcc
 from family import FAMILY, RULES
-from random_launch import RandomLaunch, Variant, every_variant, has_amsgrad, random_launch, variants_for
+from random_launch import RandomLaunch, Variant, every_variant, random_launch, variants_for
 from simulation import bytes_moved, check_traffic
 from twins import needs_library, same_bits
 
@@ -105,8 +105,8 @@ SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e
 def test_special_numbers(rule, dtype, run):
     """NaN stays in its element, infinities and subnormals take the same way in both, in whole blocks and in tails."""
     numbers = torch.cartesian_prod(SPECIAL, SPECIAL).repeat(11, 1).to(dtype)
-    for has_max in (False, has_amsgrad(rule)):
-        launch = random_launch(Variant(rule, dtype, dtype, True, has_max), (len(numbers),) * 7, chunk_size=2048)
+    for has_optional in {False, RULES[rule].optional is not None}:
+        launch = random_launch(Variant(rule, dtype, dtype, True, has_optional), (len(numbers),) * 7, chunk_size=2048)
         for index in range(7):  # one for each row
             others = iter(range(1, 9))
             launch.params[index].copy_(numbers[:, 0])

@@ -14,6 +14,7 @@ from twins import launches, runs
 
 from xgrad_optim import XSGDM, XAdam, XAdamW
 from xgrad_optim.layout import blocks, is_dense
+from xgrad_optim.rule import OptionalBuffer
 
 
 def params_of(*shapes, dtype=torch.float32) -> list[torch.nn.Parameter]:

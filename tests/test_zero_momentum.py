@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import every_optimizer
 from family import FAMILY, MEMBERS, RULES, taking
-from random_launch import RandomLaunch, Variant, has_amsgrad, random_launch
+from random_launch import RandomLaunch, Variant, random_launch
 from twins import needs_library, same_bits
 
 from xgrad_optim.backends import cpu
@@ -26,15 +26,15 @@ either_way = pytest.mark.parametrize("has_grad", [False, True], ids=["swap", "st
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
-def launch_with_zeros(rule, dtype, has_grad, has_max=False, has_master=False) -> RandomLaunch:
+def launch_with_zeros(rule, dtype, has_grad, has_optional=False, has_master=False) -> RandomLaunch:
     """Every pair of special numbers as momentum and second moment, twice: the second time with a parameter of -0.0,
     which shows the sign of a displacement, and without a gradient. Rows have an eps and have none."""
-    has_max = has_max and has_amsgrad(rule)
+    has_optional = has_optional and RULES[rule].optional is not None
     state_dtype = torch.float32 if has_master and dtype.itemsize == 2 else dtype
-    launch = random_launch(Variant(rule, dtype, state_dtype, has_grad, has_max, has_master), (77,) * 7, 64)
+    launch = random_launch(Variant(rule, dtype, state_dtype, has_grad, has_optional, has_master), (77,) * 7, 64)
     momenta, second_moments = torch.tensor([(m, v) for m in MOMENTA for v in SECOND_MOMENTS]).repeat(2, 1).T
     first, second = slice(len(momenta)), slice(len(momenta) // 2, len(momenta))
-    for key in launch.rule.state_keys + ("max_exp_avg_sq",) * has_max:
+    for key in launch.state.keys() - {"master_weights"}:
         for tensor in launch.state[key]:
             # One further in amsgrad's maximum: beside NaN is a number, in either of them.
             tensor[first] = second_moments.roll(int("max" in key)) if "sq" in key else momenta
@@ -64,16 +64,16 @@ def assert_agrees(run, launch: RandomLaunch) -> None:
 @every_rule
 @either_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("has_max, has_master", [(False, False), (True, False), (False, True), (True, True)])
-def test_the_cpu_agrees_on_zeros_and_on_what_is_none(rule, dtype, has_grad, has_max, has_master):
-    assert_agrees(RandomLaunch.run_on_cpu, launch_with_zeros(rule, dtype, has_grad, has_max, has_master))
+@pytest.mark.parametrize("has_optional, has_master", [(False, False), (True, False), (False, True), (True, True)])
+def test_the_cpu_agrees_on_zeros_and_on_what_is_none(rule, dtype, has_grad, has_optional, has_master):
+    assert_agrees(RandomLaunch.run_on_cpu, launch_with_zeros(rule, dtype, has_grad, has_optional, has_master))
 
 
 @every_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("has_max", [False, True], ids=["", "amsgrad"])
-def test_a_swap_leaves_what_has_no_momentum_and_spreads_nan(rule, dtype, has_max):
-    launch = launch_with_zeros(rule, dtype, False, has_max)
+@pytest.mark.parametrize("has_optional", [False, True], ids=["", "optional buffer"])
+def test_a_swap_leaves_what_has_no_momentum_and_spreads_nan(rule, dtype, has_optional):
+    launch = launch_with_zeros(rule, dtype, False, has_optional)
     after = on_torch(launch)
     for index, momentum in enumerate(launch.state[launch.rule.state_keys[0]]):
         shift = launch.rows[launch.row_of[index], [launch.rule.columns.index(name) for name in ("shift", "shift_prev")]]

@@ -20,8 +20,10 @@ ARCHITECTURE = "sm_90"
 _variants: list[Variant] = []
 
 
-def find_kernels_cuda(rule: str, dtype: Any, state_dtype: Any, has_grad: bool, has_max: bool, has_master: bool) -> int:
-    _variants.append(Variant(rule, dtype, state_dtype, has_grad, has_max, has_master))
+def find_kernels_cuda(
+    rule: str, dtype: Any, state_dtype: Any, has_grad: bool, has_optional: bool, has_master: bool
+) -> int:
+    _variants.append(Variant(rule, dtype, state_dtype, has_grad, has_optional, has_master))
     return len(_variants) - 1
 
 
