@@ -123,7 +123,7 @@ def adam_direction(state, hyper):
 @triton.jit
 def adabelief_accumulate(grad, state, hyper):
     """The second moment is of the surprise, grad - exp_avg (Zhuang et al. 2020, Algorithm 2)."""
-    exp_avg, exp_avg_sq = state
+    exp_avg, exp_avg_sq = state[0], state[1]
     one_minus_beta1, beta2, one_minus_beta2, _, eps = hyper
     exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
     surprise = grad - exp_avg
@@ -133,7 +133,7 @@ def adabelief_accumulate(grad, state, hyper):
 @triton.jit
 def adam3_accumulate(grad, state, hyper):
     """The second moment is of the momentum (arXiv 2106.11514)."""
-    exp_avg, exp_avg_sq = state
+    exp_avg, exp_avg_sq = state[0], state[1]
     one_minus_beta1, beta2, one_minus_beta2, eps, _ = hyper
     exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
     return moments(state, exp_avg, beta2 * exp_avg_sq + one_minus_beta2 * (exp_avg * exp_avg) + eps)
@@ -173,7 +173,7 @@ def rmsprop_accumulate(grad, state, hyper):
         means = (grad_avg,)
     quotient = divide(grad, sqrt(variance) + eps)
     momentum_buffer = tl.where(momentum == 0, quotient, momentum * state[0] + quotient)
-    return (momentum_buffer, square_avg) + means
+    return (momentum_buffer, square_avg) + means  # noqa: RUF005: Triton unpacks no tuples
 
 
 @triton.jit
