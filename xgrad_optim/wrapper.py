@@ -269,7 +269,7 @@ class XGrad(PredictingOptimizer):
         arguments = () if closure is None else (_answer(torch.enable_grad()(closure)()),)
         if any(map(is_capturing, {param.device for param in self._params()})):
             raise RuntimeError(
-                "XGrad can't be captured in a graph: whether and how far it predicts is known to the host alone, and would "
+                "XGrad can't be captured in a graph: only the host knows whether and how far it predicts, which would "
                 "be the same in each replay. Step outside of the capture, or use a native class with capturable=True"
             )
         with self._exchange.lock:
