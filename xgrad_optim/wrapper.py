@@ -266,12 +266,12 @@ class XGrad(PredictingOptimizer):
         """
         if recorders.is_any():
             self._refuse_recorders()
-        arguments = () if closure is None else (_answer(torch.enable_grad()(closure)()),)
         if any(map(is_capturing, {param.device for param in self._params()})):
             raise RuntimeError(
                 "XGrad can't be captured in a graph: only the host knows whether and how far it predicts, which would "
                 "be the same in each replay. Step outside of the capture, or use a native class with capturable=True"
             )
+        arguments = () if closure is None else (_answer(torch.enable_grad()(closure)()),)
         with self._exchange.lock:
             self._exchange.check_not_replaced()
             self._check_loaded()
