@@ -1,6 +1,9 @@
 """XGrad under PyTorch's own engines: replicas agree, shards train as one process does, checkpoints resume on shards."""
 
+import copy
+
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import small_model, train_step
 from ranks import assert_close, assert_ranks_agree, on_ranks, share
@@ -83,3 +86,42 @@ def test_a_distributed_checkpoint_resumes(tmp_path):
             other.train(each)
             for param, own in zip(model.parameters(), resumed.parameters(), strict=True):
                 assert torch.equal(param.to_local(), own.to_local())
+
+
+def around_adamw(params, lr, prediction_steps):
+    """What ZeroRedundancyOptimizer takes for a class."""
+    return XGrad(torch.optim.AdamW(params, lr=lr), prediction_steps)
+
+
+@on_ranks(2)
+def test_zero_trains_as_one_process_and_resumes():
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch's own deprecations
+
+    def zero_of(model):
+        return ZeroRedundancyOptimizer(model.parameters(), around_adamw, lr=0.02, prediction_steps=2.0)
+
+    model, twin = DistributedDataParallel(small_model()), small_model()
+    zero, expected = zero_of(model), around_adamw(twin.parameters(), 0.02, 2.0)
+    for step in range(4):
+        zero.param_groups[0]["lr"] = expected.param_groups[0]["lr"] = 0.02 / (step + 1)
+        train_step(model, zero, step, share())
+        train_step(twin, expected, step)
+        for mode in (False, True):
+            zero.optim.train(mode)
+            zero._sync_params()
+            expected.train(mode)
+            assert_close(model, twin)
+            assert_ranks_agree(model.parameters())
+    zero.optim.eval()
+    zero._sync_params()
+    zero.consolidate_state_dict(to=0)
+    saved = [(model.state_dict(), zero.state_dict()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved)
+    resumed_model = DistributedDataParallel(small_model())
+    resumed = zero_of(resumed_model)
+    resumed_model.load_state_dict(saved[0][0])
+    resumed.load_state_dict(copy.deepcopy(saved[0][1]))
+    for step in range(4, 6):
+        for each, optimizer in ((model, zero), (resumed_model, resumed)):
+            train_step(each, optimizer, step, share())
+        assert all(map(torch.equal, model.parameters(), resumed_model.parameters()))

@@ -17,6 +17,7 @@ from xgrad_optim.exchange import Exchange
 from xgrad_optim.layout import local
 from xgrad_optim.modes import PredictingOptimizer, alone, recording_nothing, tensors_of
 from xgrad_optim.notes import warn
+from xgrad_optim.numbers import is_capturing
 from xgrad_optim.numeric import is_supported
 from xgrad_optim.optimizer import XGradOptimizer
 from xgrad_optim.options import checked_options, listed_params, number
@@ -257,14 +258,19 @@ class XGrad(PredictingOptimizer):
             What the base's step returns.
 
         Raises:
-            RuntimeError: the base asks for its closure's result again, or parameters that share memory or whose dtype
-                is not supported.
+            RuntimeError: the base asks for its closure's result again, a graph is being captured, or parameters that
+                share memory or whose dtype is not supported.
 
         Where the base's step raises, its parameters hold theta from before, unpredicted, and its state is what it has
         made of it. After any other error all is as before.
         """
         if recorders.is_any():
             self._refuse_recorders()
+        if any(map(is_capturing, {param.device for param in self._params()})):
+            raise RuntimeError(
+                "XGrad can't be captured in a graph: only the host knows whether and how far it predicts, which would "
+                "be the same in each replay. Step outside of the capture, or use a native class with capturable=True"
+            )
         arguments = () if closure is None else (_answer(torch.enable_grad()(closure)()),)
         with self._exchange.lock:
             self._exchange.check_not_replaced()
