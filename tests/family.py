@@ -40,6 +40,7 @@ class Member:
             0.5 and -0.25. Worked out by hand, so that the reference and the code can't share a mistake.
         move_ahead: `(params, states, group, step)` moves the weights along the direction of the state by one step, in
             torch's own multi-tensor operations.
+        lr: at which small models train.
     """
 
     cls: type[XGradOptimizer]
@@ -53,6 +54,7 @@ class Member:
     training: Options
     by_hand: tuple[Options, list[tuple[float, float]]]
     move_ahead: Callable[[Sequence[Tensor], Sequence[Mapping[str, Tensor]], Mapping[str, Any], int], None]
+    lr: float = 0.003
 
     @property
     def name(self) -> str:
@@ -151,6 +153,7 @@ FAMILY = (
         # buf: 0.5, then 0.9 * 0.5 - 0.25 = 0.2.  theta: 1 - 0.05 = 0.95, then 0.95 - 0.02 = 0.93.  hat: 0.90, 0.91
         by_hand=({"momentum": 0.9}, [(0.95, 0.90), (0.93, 0.91)]),
         move_ahead=along_the_buffer,
+        lr=0.03,
     ),
     Member(
         cls=XAdam,
@@ -208,6 +211,7 @@ FAMILY = (
         # v = 0.0000024975 + 0.0000004 = 0.0000028975; / 0.001999 = 0.00144947474, root 0.03807196; 0.010526316 / that
         by_hand=({}, [(0.0, -1.0), (-0.27648473, -2 * 0.27648473)]),
         move_ahead=partial(along_the_moments, adds_eps=False),
+        lr=0.001,
     ),
     Member(
         cls=XAdaPlus,

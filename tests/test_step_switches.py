@@ -94,7 +94,7 @@ def test_master_weights_switched_off_leave_theta_in_the_parameters(cls, predicte
     assert all("master_weights" not in state for state in optimizer.state.values())
     assert_all_same_bits(thetas(optimizer, params), theta)
     optimizer.param_groups[0]["lr"] = 0.02
-    train(optimizer, params, [4])
+    train(optimizer, params, range(4, 7))
     assert optimizer.predicted
     assert all(not torch.equal(now, then) for now, then in zip(thetas(optimizer, params), theta, strict=True))
 

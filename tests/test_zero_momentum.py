@@ -178,7 +178,7 @@ def test_an_update_by_zero_over_zero_is_what_torch_optim_makes_of_it(cls, base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_elements_without_a_gradient_never_move(cls, dtype):
     param = torch.nn.Parameter(torch.ones(5, dtype=dtype))
-    optimizer = cls([param], lr=0.1)
+    optimizer = cls([param], lr=0.1, weight_decay=0.0)
     for _ in range(3):
         param.grad = torch.tensor([0.0, -0.0, 1.0, 0.0, 1.0], dtype=dtype)
         optimizer.step()

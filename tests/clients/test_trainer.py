@@ -74,9 +74,7 @@ def evaluation_of(weights, folder, **arguments):
 
 @every_class
 def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, tmp_path):
-    trainer, model, optimizer = make_trainer(
-        tmp_path, cls, MEMBERS[cls].lr["digits"], eval_strategy="steps", eval_steps=2
-    )
+    trainer, model, optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr, eval_strategy="steps", eval_steps=2)
     watch = Watch(model.model.layers[1].mlp, optimizer)
     trainer.train()
     assert watch.counts == {True: 12, False: 3}
@@ -87,10 +85,10 @@ def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, tmp_path):
 @every_class
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16 autocast"])
 def test_evaluating_and_saving_changes_no_bit_of_training(cls, bf16, tmp_path):
-    trainer, _, optimizer = make_trainer(tmp_path / "plain", cls, MEMBERS[cls].lr["digits"], bf16=bf16)
+    trainer, _, optimizer = make_trainer(tmp_path / "plain", cls, MEMBERS[cls].lr, bf16=bf16)
     trainer.train()
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
-    trainer, _, busy = make_trainer(tmp_path / "busy", cls, MEMBERS[cls].lr["digits"], bf16=bf16, **often)
+    trainer, _, busy = make_trainer(tmp_path / "busy", cls, MEMBERS[cls].lr, bf16=bf16, **often)
     trainer.train()
     assert equal(weights_in_mode(busy, predicted=True), weights_in_mode(optimizer, predicted=True))
 
@@ -133,9 +131,9 @@ def test_a_run_resumes_bit_for_bit(cls, evaluates, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 3}
     if evaluates:
         arguments |= {"eval_strategy": "steps", "eval_steps": 1}
-    trainer, _, optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr["digits"], **arguments)
+    trainer, _, optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr, **arguments)
     trainer.train()
-    resumed, _, resumed_optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr["digits"], seed=9, **arguments)
+    resumed, _, resumed_optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr, seed=9, **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 6
     for predicted in (True, False):
