@@ -173,7 +173,8 @@ def rmsprop_accumulate(grad, state, hyper):
         means = (grad_avg,)
     quotient = divide(grad, sqrt(variance) + eps)
     momentum_buffer = tl.where(momentum == 0, quotient, momentum * state[0] + quotient)
-    return (momentum_buffer, square_avg) + means  # noqa: RUF005: Triton unpacks no tuples
+    # Triton unpacks no tuples.
+    return (momentum_buffer, square_avg) + means  # noqa: RUF005
 
 
 @triton.jit
