@@ -7,8 +7,8 @@ test is about.
 
 import pytest
 import torch
-from cases import every_class, small_model
-from watch import Watch, equal, weights_in_mode
+from cases import small_model
+from watch import Watch, equal, every_kind, weights_in_mode
 
 from xgrad_optim import XAdamW
 
@@ -71,7 +71,7 @@ class Run:
             return self.loss(X, Y).item()
 
 
-@every_class
+@every_kind
 @either_precision
 @pytest.mark.parametrize("attaches_first", [True, False], ids=["attach, prepare", "prepare, attach"])
 def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, mixed_precision, attaches_first):
@@ -83,7 +83,7 @@ def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, mixed_precis
     assert run.watch.wrong == 0
 
 
-@every_class
+@every_kind
 @either_precision
 def test_evaluating_and_saving_changes_no_bit_of_training(cls, mixed_precision, tmp_path):
     plain, busy = Run(cls, mixed_precision), Run(cls, mixed_precision)
@@ -96,7 +96,7 @@ def test_evaluating_and_saving_changes_no_bit_of_training(cls, mixed_precision, 
     assert equal(weights_in_mode(busy.raw, True), weights_in_mode(plain.raw, True))
 
 
-@every_class
+@every_kind
 @either_precision
 def test_a_run_resumes_bit_for_bit(cls, mixed_precision, tmp_path):
     """Trap 6, in accelerate's order, and trap 10: prepare() has loaded the state of a run of its own before."""

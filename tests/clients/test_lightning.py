@@ -7,10 +7,9 @@ Names say which trap of clients.md a test is about.
 
 import pytest
 import torch
-from cases import every_class
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
-from watch import Watch, clones, equal, weights_in_mode
+from watch import Watch, clones, equal, every_kind, every_native, weights_in_mode
 
 from xgrad_optim import XAdamW
 
@@ -73,7 +72,7 @@ def names(module):
     return [name for name, _ in module.named_parameters()]
 
 
-@every_class
+@every_kind
 @either_precision
 def test_training_forwards_see_theta_hat_and_validation_theta(cls, precision, tmp_path):
     """Traps 7 and 11: the submodules are called, inside the closure of step()."""
@@ -85,7 +84,7 @@ def test_training_forwards_see_theta_hat_and_validation_theta(cls, precision, tm
     assert module.watch.wrong == 0
 
 
-@every_class
+@every_kind
 @either_precision
 def test_validating_and_saving_changes_no_bit_of_training(cls, precision, tmp_path):
     plain = new_module(make=cls)
@@ -96,7 +95,7 @@ def test_validating_and_saving_changes_no_bit_of_training(cls, precision, tmp_pa
     assert equal(weights_in_mode(busy.raw, True), weights_in_mode(plain.raw, True))
 
 
-@every_class
+@every_kind
 @either_precision
 @pytest.mark.parametrize("saving", [{"every_n_train_steps": 8}, {"every_n_epochs": 1}], ids=["predicted", "true"])
 def test_a_run_resumes_bit_for_bit(cls, precision, saving, tmp_path):
@@ -211,7 +210,7 @@ class Manual(Module):
         return self.raws
 
 
-@every_class
+@every_kind
 @either_precision
 def test_manual_optimization_with_two_optimizers(cls, precision, tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=16, save_top_k=-1)
@@ -284,7 +283,7 @@ class Averages(Callback):
             self.validated.append(equal(module.parameters(), self.average))
 
 
-@every_class
+@every_native
 @pytest.mark.parametrize("master_weights", [False, True], ids=["plain", "master"])
 def test_averages_of_theta(cls, master_weights, tmp_path):
     """Trap 9: EMAWeightAveraging exchanges p.data around validation."""

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import every_class
-from family import MEMBERS
-from watch import Watch, equal, weights_in_mode
+from watch import Watch, equal, every_kind, lr_of, weights_in_mode
 
 from xgrad_optim import XAdamW
 
@@ -72,9 +70,9 @@ def evaluation_of(weights, folder, **arguments):
     return Trainer(model_of(weights), settings, eval_dataset=DATA[40:]).evaluate()["eval_loss"]
 
 
-@every_class
+@every_kind
 def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, tmp_path):
-    trainer, model, optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr, eval_strategy="steps", eval_steps=2)
+    trainer, model, optimizer = make_trainer(tmp_path, cls, lr_of(cls), eval_strategy="steps", eval_steps=2)
     watch = Watch(model.model.layers[1].mlp, optimizer)
     trainer.train()
     assert watch.counts == {True: 12, False: 3}
@@ -82,13 +80,13 @@ def test_training_forwards_see_theta_hat_and_evaluations_theta(cls, tmp_path):
     assert trainer.evaluate()["eval_loss"] == evaluation_of(weights_in_mode(optimizer, False), tmp_path)
 
 
-@every_class
+@every_kind
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16 autocast"])
 def test_evaluating_and_saving_changes_no_bit_of_training(cls, bf16, tmp_path):
-    trainer, _, optimizer = make_trainer(tmp_path / "plain", cls, MEMBERS[cls].lr, bf16=bf16)
+    trainer, _, optimizer = make_trainer(tmp_path / "plain", cls, lr_of(cls), bf16=bf16)
     trainer.train()
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
-    trainer, _, busy = make_trainer(tmp_path / "busy", cls, MEMBERS[cls].lr, bf16=bf16, **often)
+    trainer, _, busy = make_trainer(tmp_path / "busy", cls, lr_of(cls), bf16=bf16, **often)
     trainer.train()
     assert equal(weights_in_mode(busy, predicted=True), weights_in_mode(optimizer, predicted=True))
 
@@ -124,16 +122,16 @@ def test_saved_model_files_hold_theta(tmp_path):
         assert equal(reloaded.parameters(), recorder.theta[step])
 
 
-@every_class
+@every_kind
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_a_run_resumes_bit_for_bit(cls, evaluates, tmp_path):
     """Trap 6, in Trainer's order: the model is saved first and loaded first. Trap 10: prepare() reloads the state."""
     arguments = {"save_strategy": "steps", "save_steps": 3}
     if evaluates:
         arguments |= {"eval_strategy": "steps", "eval_steps": 1}
-    trainer, _, optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr, **arguments)
+    trainer, _, optimizer = make_trainer(tmp_path, cls, lr_of(cls), **arguments)
     trainer.train()
-    resumed, _, resumed_optimizer = make_trainer(tmp_path, cls, MEMBERS[cls].lr, seed=9, **arguments)
+    resumed, _, resumed_optimizer = make_trainer(tmp_path, cls, lr_of(cls), seed=9, **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 6
     for predicted in (True, False):

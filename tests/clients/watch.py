@@ -2,10 +2,27 @@
 
 import copy
 
+import pytest
 import torch
+from family import MEMBERS
 from torch import nn
 
-from xgrad_optim.optimizer import XGradOptimizer
+from xgrad_optim import XSGDM, XAdamW, XAdaPlus, XGrad, XRMSprop
+from xgrad_optim.modes import PredictingOptimizer
+
+
+def xgrad_around_adamw(params, lr=0.003, prediction_steps=1.0, **options) -> XGrad:
+    return XGrad(torch.optim.AdamW(params, lr=lr, **options), prediction_steps)
+
+
+NATIVE = [XSGDM, XAdamW, XAdaPlus, XRMSprop]
+every_native = pytest.mark.parametrize("cls", NATIVE, ids=lambda cls: cls.__name__)
+every_kind = pytest.mark.parametrize("cls", [*NATIVE, xgrad_around_adamw], ids=lambda cls: cls.__name__)
+"""One of each shape: one buffer and two, an update of its own, a buffer that the base need not have, the wrapper."""
+
+
+def lr_of(cls) -> float:
+    return MEMBERS[cls].lr if cls in MEMBERS else 0.003
 
 
 def clones(params) -> list[torch.Tensor]:
@@ -16,7 +33,7 @@ def equal(tensors, others) -> bool:
     return all(torch.equal(tensor, other) for tensor, other in zip(tensors, others, strict=True))
 
 
-def weights_in_mode(optimizer: XGradOptimizer, predicted: bool) -> list[torch.Tensor]:
+def weights_in_mode(optimizer: PredictingOptimizer, predicted: bool) -> list[torch.Tensor]:
     """theta_hat or theta, made in a copy."""
     copied = copy.deepcopy(optimizer)
     params = [param for group in copied.param_groups for param in group["params"]]
@@ -32,7 +49,7 @@ class Watch:
     The module may be a part of what is attached: the model's mode is that of its parts.
     """
 
-    def __init__(self, module: nn.Module, optimizer: XGradOptimizer) -> None:
+    def __init__(self, module: nn.Module, optimizer: PredictingOptimizer) -> None:
         self.counts = {True: 0, False: 0}
         self.wrong = 0
         self._optimizer = optimizer
