@@ -52,22 +52,19 @@ template <class Storage> class Buffer {
 template <class Rule, class Param, class State> struct Tensors {
   using T = Compute<Param>;
   Buffer<Param> param, grad;
-  std::vector<Buffer<State>> state;
-  Buffer<State> max_exp_avg_sq;
+  std::vector<Buffer<State>> state;  // the optional one included, where the rule has one
   Buffer<T> master_weights;
 
   Tensors(int64_t numel, int64_t shift, std::mt19937& random)
       : param(numel, shift, random, false),
         grad(numel, shift, random, false),
-        max_exp_avg_sq(numel, shift, random, true),
         master_weights(numel, shift, random, false) {
-    for (int i = 0; i < Rule::kNumStates; ++i) state.emplace_back(numel, shift, random, i > 0);
+    for (int i = 0; i < Rule::kNumStates + Rule::kHasOptional; ++i) state.emplace_back(numel, shift, random, i > 0);
   }
 
   void fill(Line& line, Buffers buffers) {
     line.param = param.address();
-    for (int i = 0; i < Rule::kNumStates; ++i) line.state[i] = state[i].address();
-    if (buffers.has_max_exp_avg_sq) line.state[kMaxExpAvgSq] = max_exp_avg_sq.address();
+    for (int i = 0; i < num_states<Rule>(buffers); ++i) line.state[i] = state[i].address();
     if (buffers.has_master_weights) line.master_weights = master_weights.address();
   }
 
@@ -76,20 +73,18 @@ template <class Rule, class Param, class State> struct Tensors {
     Element<Rule, T> element{};
     element.param = from_storage<T>(param[i]);
     element.grad = from_storage<T>(grad[i]);
-    for (int s = 0; s < Rule::kNumStates; ++s) element.state[s] = from_storage<T>(state[s][i]);
-    element.max_exp_avg_sq = from_storage<T>(max_exp_avg_sq[i]);
+    for (int s = 0; s < num_states<Rule>(buffers); ++s) element.state[s] = from_storage<T>(state[s][i]);
     element.master_weights = master_weights[i];
     run_element<Rule, Param, State>(element, hyper, buffers);
     param[i] = to_storage<Param>(element.param);
-    for (int s = 0; s < Rule::kNumStates; ++s) state[s][i] = to_storage<State>(element.state[s]);
-    if (buffers.has_max_exp_avg_sq) max_exp_avg_sq[i] = to_storage<State>(element.max_exp_avg_sq);
+    for (int s = 0; s < num_states<Rule>(buffers); ++s) state[s][i] = to_storage<State>(element.state[s]);
     if (buffers.has_master_weights) master_weights[i] = element.master_weights;
   }
 
   bool same_bits(Tensors& other) {
     bool same = param.same_bits(other.param) && grad.same_bits(other.grad) &&
-                max_exp_avg_sq.same_bits(other.max_exp_avg_sq) && master_weights.same_bits(other.master_weights);
-    for (int s = 0; s < Rule::kNumStates; ++s) same = same && state[s].same_bits(other.state[s]);
+                master_weights.same_bits(other.master_weights);
+    for (size_t s = 0; s < state.size(); ++s) same = same && state[s].same_bits(other.state[s]);
     return same;
   }
 };
@@ -159,7 +154,7 @@ template <class Rule, class Param, class State> int run_dtypes(std::mt19937& ran
   int n_wrong = 0;
   for (int flags = 0; flags < 8; ++flags) {
     const bool has_master = (flags & 4) != 0 && sizeof(State) == sizeof(Compute<Param>);
-    const Buffers buffers{(flags & 1) != 0, (flags & 2) != 0 && Rule::kSecondMoment >= 0, has_master};
+    const Buffers buffers{(flags & 1) != 0, (flags & 2) != 0 && Rule::kHasOptional, has_master};
     for (int64_t chunk_size : {1, 50, 128}) n_wrong += run_case<Rule, Param, State>(buffers, chunk_size, random);
   }
   return n_wrong;
@@ -174,7 +169,8 @@ int main(int, char** arguments) {
                       run_dtypes<Adam, BFloat16, float>(random) + run_dtypes<Adam, Float16, float>(random) +
                       run_dtypes<Adam, BFloat16, BFloat16>(random) + run_dtypes<Adam, Float16, Float16>(random) +
                       run_dtypes<Sgdm, float, float>(random) + run_dtypes<Sgdm, BFloat16, BFloat16>(random) +
-                      run_dtypes<AdaBelief, float, float>(random) + run_dtypes<AdaM3, float, float>(random);
+                      run_dtypes<AdaBelief, float, float>(random) + run_dtypes<AdaM3, float, float>(random) +
+                      run_dtypes<AdaPlus, float, float>(random) + run_dtypes<Rmsprop, float, float>(random);
   std::printf("%d wrong\n", n_wrong);
   return n_wrong != 0;
 }
