@@ -44,11 +44,16 @@ PLOTS = ROOT / "docs" / "results"
 NONE = "-"
 
 
+def percent(value: float) -> str:
+    """With its sign; from tenfold on as a factor."""
+    return f"{value:+.1f}" if value < 900 else f"x{1 + value / 100:.2g}"
+
+
 def cell(one: Difference | None) -> str:
     """Bold where Holm's correction leaves it significant, a star where the uncorrected interval excludes 0."""
     if one is None:
         return NONE
-    text = f"{one.mean:+.1f} [{one.low:+.1f}, {one.high:+.1f}]"
+    text = f"{percent(one.mean)} [{percent(one.low)}, {percent(one.high)}]"
     text = f"**{text}**" if one.is_significant else text + "*" * one.excludes_zero
     return text + (f" ({one.n_diverged[0]}/{one.n_diverged[1]} diverged)" if any(one.n_diverged) else "")
 
@@ -66,13 +71,18 @@ def pooled_lines(tasks: Sequence[str], columns: Sequence[Callable[[str], Differe
         for column in columns:
             found = [column(task) for task in chosen]
             mean = None if None in found else over_tasks(found)
-            line.append(NONE if mean is None else f"{mean[0]:+.1f} [{mean[1]:+.1f}, {mean[2]:+.1f}]")
+            line.append(NONE if mean is None else f"{percent(mean[0])} [{percent(mean[1])}, {percent(mean[2])}]")
         if chosen:
             yield line
 
 
 def short_tasks(study: Study) -> list[str]:
     return [task for task in tasks_of(study) if TASKS[task].kind in ("pilot", "new")]
+
+
+def middle_of(differences: Sequence[Difference]) -> float:
+    """Median of the tasks' means."""
+    return float(np.median([one.mean for one in differences]))
 
 
 def name_of(task: str) -> str:
@@ -89,24 +99,23 @@ def primary_table(study: Study) -> str:
 
 
 def summary_table(study: Study) -> str:
-    """The primary comparisons in a line each: means over the short tasks, and how many go which way."""
+    """The primary comparisons in a line each: how many short tasks go which way, their median, and the long ones."""
     found = primary(study)
     lines = []
     for arm, against, is_swap in comparisons():
         short = [one for one in found.values() if (one.arm, one.against) == (arm, against) and one.task in SHORT]
-        mean = over_tasks(short) if len(short) == len(short_tasks(study)) else None
         lines.append(
             [
                 f"{arm} / {against}" + ", same lr" * is_swap,
-                NONE if mean is None else f"{mean[0]:+.1f} [{mean[1]:+.1f}, {mean[2]:+.1f}]",
                 str(sum(one.high < 0 for one in short)),
                 str(sum(one.low > 0 for one in short)),
                 str(len(short)),
+                percent(middle_of(short)) if len(short) == len(short_tasks(study)) else NONE,
                 *(cell(found.get((task, arm, against))) for task in tasks_of(study) if TASKS[task].kind == "long"),
             ]
         )
     long = [name_of(task) for task in tasks_of(study) if TASKS[task].kind == "long"]
-    return table(["", "mean over short tasks, %", "better on", "worse on", "of", *long], lines)
+    return table(["", "better on", "worse on", "of short tasks", "median", *long], lines)
 
 
 def inferiority_table(study: Study) -> str:
@@ -126,10 +135,9 @@ def arms_table(study: Study, arms: Sequence[str], tasks: Sequence[str] = SHORT, 
         against = BASE[ARMS[arm].family]
         found = [None if arm == against else difference(study, Unit(task, arm, schedule), against) for task in tasks]
         if any(found):
-            mean = None if None in found else over_tasks(found)
-            short = [NONE if one is None else f"{one.mean:+.1f}" + "*" * one.excludes_zero for one in found]
-            lines.append([arm, *short, NONE if mean is None else f"{mean[0]:+.1f} [{mean[1]:+.1f}, {mean[2]:+.1f}]"])
-    return table(["arm", *(name_of(task) for task in tasks), "mean"], lines)
+            short = [NONE if one is None else percent(one.mean) + "*" * one.excludes_zero for one in found]
+            lines.append([arm, *short, NONE if None in found else percent(middle_of(found))])
+    return table(["arm", *(name_of(task) for task in tasks), "median"], lines)
 
 
 def precision_table(study: Study) -> str:
