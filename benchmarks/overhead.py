@@ -29,6 +29,7 @@ from overhead_device import WORKLOADS as DEVICE_WORKLOADS
 from overhead_device import measure_device
 from overhead_sharded import measure_sharded
 from overhead_thread import measure_small_models, measure_thread
+from overhead_training import measure_training
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the table of optimizers
 
@@ -39,7 +40,7 @@ from xgrad_optim.optimizer import XGradOptimizer
 
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 RESULTS = Path(__file__).resolve().parent / "results"
-SECTIONS = ("step", "any", "thread", "bf16", "small", "sharded", "memory", "bandwidth")
+SECTIONS = ("step", "any", "thread", "bf16", "small", "sharded", "training", "memory", "bandwidth")
 
 MEASURED = list({member.rule.name: member for member in FAMILY}.values())
 """One optimizer of each rule."""
@@ -302,6 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         "bf16": lambda: section_bf16(report, shapes, options.rounds),
         "small": lambda: section_small(report, options.rounds),
         "sharded": lambda: measure_sharded(report, 5 * options.rounds),
+        "training": lambda: measure_training(report, 3 * options.rounds),
         "memory": lambda: section_memory(report, options.workload),
         "bandwidth": lambda: section_bandwidth(report, shapes, options.rounds),
     }
