@@ -12,24 +12,30 @@ from xgrad_optim import XGrad
 SHAPES = [(6, 4), (8,)]
 
 
-def _lion(params):
-    return pytest.importorskip("lion_pytorch", reason="make test-clients installs it").Lion(params, lr=1e-2)
-
-
-def _of_pytorch_optimizer(name, **options):
+def _of(package, name, **options):
     def make(params):
-        package = pytest.importorskip("pytorch_optimizer", reason="make test-clients installs it")
-        return getattr(package, name)(params, lr=1e-2, **options)
+        module = pytest.importorskip(package, reason="make test-clients installs it")
+        return getattr(module, name)(params, lr=1e-2, **options)
 
     return make
 
 
 BASES = {
-    "Lion": _lion,
-    "SOAP": _of_pytorch_optimizer("SOAP", precondition_frequency=2),
-    "Shampoo": _of_pytorch_optimizer("Shampoo"),
-    "AdaBelief": _of_pytorch_optimizer("AdaBelief"),
+    "Lion": _of("lion_pytorch", "Lion"),
+    "SOAP": _of("pytorch_optimizer", "SOAP", precondition_frequency=2),
+    "Shampoo": _of("pytorch_optimizer", "Shampoo"),
+    "AdaBelief": _of("pytorch_optimizer", "AdaBelief"),
+    "8-bit AdamW of torchao": _of("torchao.optim", "AdamW8bit", block_size=8),
+    "8-bit AdamW of bitsandbytes": _of("bitsandbytes.optim", "AdamW8bit", min_8bit_size=1),
+    "AdamW of heavyball": _of("heavyball", "AdamW"),
 }
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """torchao and heavyball compile their steps, which takes a minute here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -64,7 +70,7 @@ def test_schedule_free_optimizers_have_two_weights_already():
 def test_accelerate_trains_with_it():
     accelerate = pytest.importorskip("accelerate", reason="make test-clients installs it")
     model = torch.nn.Linear(4, 1)
-    optimizer = XGrad(_lion(model.parameters()))
+    optimizer = XGrad(BASES["Lion"](model.parameters()))
     optimizer.attach(model)
     accelerator = accelerate.Accelerator(cpu=True)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
