@@ -4,6 +4,7 @@ The back ends can only agree with each other if each of them performs exactly th
 agreeing with a tolerance would hide that theta comes back from theta_hat a bit off.
 """
 
+import math
 from fractions import Fraction
 
 import hypothesis.strategies as st
@@ -85,3 +86,11 @@ def test_the_square_root_is_correctly_rounded(dtype):
             middle = (Fraction(float(root)) + Fraction(float(neighbour))) / 2
             is_inside = Fraction(float(value)) > middle**2 if neighbour < root else Fraction(float(value)) < middle**2
             assert is_inside
+
+
+def test_the_root_of_a_negative_number_is_nan_without_a_warning():
+    """What warns is an error in these tests, and would be one in a training that runs with -W error."""
+    x = torch.tensor([-1.0, 4.0, math.nan, math.inf, -0.0])
+    found = sqrt(x, out=torch.empty(5))
+    assert found.isnan().tolist() == [True, False, True, False, False]
+    assert found[1:].nan_to_num(7.0, posinf=8.0).tolist() == [2.0, 7.0, 8.0, 0.0]

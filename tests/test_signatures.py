@@ -72,7 +72,7 @@ def test_the_common_arguments_are_those_of_the_typed_dict(cls):
 
 
 @every_class
-@pytest.mark.parametrize("name", ["lr_decay", "decay", "differentiabel", "beta1", "weigth_decay", "rule", "common"])
+@pytest.mark.parametrize("name", ["lr_dekay", "decay", "differentiabel", "beta1", "weigth_decay", "rule", "common"])
 def test_an_unknown_keyword_raises_as_python_does(cls, name):
     with pytest.raises(TypeError, match=rf"{cls.__name__}.__init__\(\) got an unexpected keyword argument '{name}'"):
         cls([filled(2)], **{name: 0.1})

@@ -47,6 +47,7 @@ def power(base: float, exponent: int) -> float:
 def sqrt(x: Tensor, out: Tensor) -> Tensor:
     """The correctly rounded square root. `torch.sqrt` is that on GPUs; on x86 CPUs it is vector math that is not."""
     if x.device.type == "cpu" and owns_memory(x) and owns_memory(out):
-        numpy.sqrt(x.numpy(), out=out.numpy())
+        with numpy.errstate(invalid="ignore"):  # of a negative number, NaN without a warning, as torch has it
+            numpy.sqrt(x.numpy(), out=out.numpy())
         return out
     return torch.sqrt(x, out=out)
