@@ -122,6 +122,18 @@ def along_the_buffer(
     torch._foreach_add_(params, [state["momentum_buffer"] for state in states], alpha=-group["lr"])
 
 
+def along_the_quotient(
+    params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Mapping[str, Any], step: int
+) -> None:
+    """theta - lr * momentum_buffer; where there is none, at momentum 0, theta - lr * g / (sqrt(square_avg) + eps)"""
+    if "momentum_buffer" in states[0]:
+        along_the_buffer(params, states, group, step)
+        return
+    denominators = torch._foreach_sqrt([state["square_avg"] for state in states])
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_addcdiv_(params, [param.grad for param in params], denominators, value=-group["lr"])
+
+
 def along_the_moments(
     params: Sequence[Tensor],
     states: Sequence[Mapping[str, Tensor]],
@@ -244,7 +256,7 @@ FAMILY = (
         # square_avg: 0.0025, root 0.05; theta: 1 - 0.1 * 0.5 / 0.05 = 0, theta_hat: -1
         # square_avg: 0.002475 + 0.000625 = 0.0031, root 0.05567764; theta: 0 + 0.1 * 0.25 / 0.05567764 = 0.44901326
         by_hand=({"eps": 0.0}, [(0.0, -1.0), (0.44901326, 2 * 0.44901326)]),
-        move_ahead=along_the_buffer,
+        move_ahead=along_the_quotient,
     ),
 )
 
