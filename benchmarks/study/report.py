@@ -46,7 +46,7 @@ NONE = "-"
 
 def percent(value: float) -> str:
     """With its sign; from tenfold on as a factor."""
-    return f"{value:+.1f}" if value < 900 else f"x{1 + value / 100:.2g}"
+    return f"{value:+.1f}" if value < 900 else f"x{1 + value / 100:,.0f}"
 
 
 def cell(one: Difference | None) -> str:
