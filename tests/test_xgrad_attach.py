@@ -111,7 +111,7 @@ def test_a_group_that_joins_is_covered():
     assert watch.saw(theta, theta_hat)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("tracer", ["export", "jit", "fx", "func"])
 def test_tracers_see_no_swap_and_a_step_inside_raises(tracer):
     model, optimizer = attached()
