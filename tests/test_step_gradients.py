@@ -115,6 +115,7 @@ def _wrong_device(params):
     params[1].grad = torch.ones(5, device="meta")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch < 2.12, once in a process
 @every_class
 @either_mode
 @pytest.mark.parametrize(
