@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the files; default %(default)s")
     arguments = parser.parse_args()
     study = full(read(arguments.data / "runs.csv"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers end, too
     try:
         is_complete = run_missing(study, arguments.questions, arguments.data, arguments.jobs, arguments.minutes)
     except KeyboardInterrupt:
