@@ -110,8 +110,8 @@ XGRAD_HD T restore(const Element<Rule, T>& element, const Hyper& hyper, Buffers 
   return Number::template round<Param>(expected) == element.param ? element.master_weights : edited;
 }
 
-// Weight decay, the penalty's in the gradient; and the state advanced with that and rounded to what will be stored: delta
-// is taken of it, so that it can be computed again.
+// Weight decay, the penalty's in the gradient; and the state advanced with that and rounded to what will be stored:
+// delta is taken of it, so that it can be computed again.
 template <class Rule, class State, class T, class Hyper>
 XGRAD_HD T decay_and_accumulate(T theta, Element<Rule, T>& element, const Hyper& hyper, Buffers buffers) {
   T& grad = element.grad;

@@ -7,7 +7,7 @@
 // xgrad_optim/rule.py, in order)
 //   coefficients(options, step, row) fills the rule's columns, and step_size, for the step of this number, from 1
 //   accumulate(grad, state, hyper, has_optional)   advance the state with this gradient
-//   direction<Number>(state, hyper, has_optional)  delta, the direction of predictions, and of updates but where there is
+//   direction<Number>(state, hyper, has_optional)  delta of predictions, and of updates but where there is
 //   update(grad, state, hyper, has_optional)       delta of updates alone, which a prediction never undoes
 // Number takes roots, as Numeric<T> does. The first state is the momentum, which has no displacement where it is 0. An
 // optional buffer is the last state; `has_optional` tells whether a launch has it, and is known to the compiler.
@@ -57,8 +57,8 @@ struct Sgdm : RuleParts {
   }
 };
 
-// What the Adam family shares: two moments, the first of which is a running mean of the gradient. With amsgrad the running
-// maximum of the second stands in for it.
+// What the Adam family shares: two moments, the first of which is a running mean of the gradient. With amsgrad the
+// running maximum of the second stands in for it.
 struct TwoMoments : RuleParts {
   static constexpr int kExpAvg = 0, kExpAvgSq = 1, kNumStates = 2, kMaxExpAvgSq = kNumStates;
   static constexpr bool kHasOptional = true;
@@ -103,9 +103,13 @@ struct Adam : TwoMoments {
   }
 
   template <class Number, class T, class Hyper>
+  XGRAD_HD static T denominator(const T (&state)[kNumStates + 1], const Hyper& hyper, bool is_amsgrad) {
+    return Number::square_root(second_moment(state, is_amsgrad)) * hyper.rsqrt_bias_correction2 + hyper.eps;
+  }
+
+  template <class Number, class T, class Hyper>
   XGRAD_HD static T direction(const T (&state)[kNumStates + 1], const Hyper& hyper, bool is_amsgrad) {
-    const T root = Number::square_root(second_moment(state, is_amsgrad));
-    return state[kExpAvg] / (root * hyper.rsqrt_bias_correction2 + hyper.eps);
+    return state[kExpAvg] / denominator<Number>(state, hyper, is_amsgrad);
   }
 };
 
@@ -152,9 +156,8 @@ struct AdaPlus : AdaBelief {
 
   template <class T, class Hyper>
   XGRAD_HD static T update(T grad, const T (&state)[kNumStates + 1], const Hyper& hyper, bool is_amsgrad) {
-    const T root = Numeric<T>::square_root(second_moment(state, is_amsgrad));
     const T ahead = hyper.one_minus_beta1 * (grad - state[kExpAvg]) + state[kExpAvg];
-    return ahead / (root * hyper.rsqrt_bias_correction2 + hyper.eps);
+    return ahead / denominator<Numeric<T>>(state, hyper, is_amsgrad);
   }
 };
 

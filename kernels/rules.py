@@ -115,9 +115,14 @@ def adam_accumulate(grad, state, hyper):
 
 
 @triton.jit
+def denominator(state, rsqrt_bias_correction2, eps):
+    return sqrt(second_moment(state)) * rsqrt_bias_correction2 + eps
+
+
+@triton.jit
 def adam_direction(state, hyper):
     rsqrt_bias_correction2, eps = hyper
-    return divide(state[0], sqrt(second_moment(state)) * rsqrt_bias_correction2 + eps)
+    return divide(state[0], denominator(state, rsqrt_bias_correction2, eps))
 
 
 @triton.jit
@@ -152,7 +157,7 @@ def adaplus_update(grad, state, hyper):
     """AdaPlus (arXiv 2309.01966): Nesterov's numerator over AdaBelief's root."""
     one_minus_beta1, _, _, rsqrt_bias_correction2, eps = hyper
     ahead = one_minus_beta1 * (grad - state[0]) + state[0]
-    return divide(ahead, sqrt(second_moment(state)) * rsqrt_bias_correction2 + eps)
+    return divide(ahead, denominator(state, rsqrt_bias_correction2, eps))
 
 
 @triton.jit

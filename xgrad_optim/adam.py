@@ -50,10 +50,14 @@ def second_moment(state: Blocks) -> Tensor:
     return state[AMSGRAD.key if AMSGRAD.key in state else "exp_avg_sq"]
 
 
+def denominator(state: Blocks, hyper: Hyper, scratch: Tensor) -> Tensor:
+    """sqrt(exp_avg_sq / bias_correction2) + eps"""
+    return sqrt(second_moment(state), out=scratch).mul_(hyper.rsqrt_bias_correction2).add_(hyper.eps)
+
+
 def direction(state: Blocks, hyper: Hyper, scratch: Tensor) -> Tensor:
     """delta = exp_avg / (sqrt(exp_avg_sq / bias_correction2) + eps)"""
-    denom = sqrt(second_moment(state), out=scratch).mul_(hyper.rsqrt_bias_correction2).add_(hyper.eps)
-    return torch.div(state["exp_avg"], denom, out=scratch)
+    return torch.div(state["exp_avg"], denominator(state, hyper, scratch), out=scratch)
 
 
 ADAM = Rule(

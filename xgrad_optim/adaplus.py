@@ -1,46 +1,27 @@
 """XAdaPlus: AdaBelief's step sizes and Nesterov's momentum on AdamW's basis, at predicted weights."""
 
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from xgrad_optim.adabelief import accumulate
-from xgrad_optim.adam import AMSGRAD, adam_coefficients, direction, second_moment
-from xgrad_optim.numeric import sqrt
-from xgrad_optim.optimizer import XGradOptimizer
-from xgrad_optim.rule import Blocks, Common, Hyper, Rule, takes_common
+from xgrad_optim.adabelief import ADABELIEF
+from xgrad_optim.adam import XAdamW, denominator
+from xgrad_optim.rule import Blocks, Hyper, takes_common
 
 
 def update(grad: Tensor, state: Blocks, hyper: Hyper, scratch: Tensor, other: Tensor) -> Tensor:
     """delta = (exp_avg + (1 - beta1) * (grad - exp_avg)) / (sqrt(exp_avg_sq / bias_correction2) + eps)"""
     exp_avg = state["exp_avg"]
-    denom = sqrt(second_moment(state), out=other).mul_(hyper.rsqrt_bias_correction2).add_(hyper.eps)
-    ahead = torch.sub(grad, exp_avg, out=scratch).mul_(hyper.one_minus_beta1)
-    return torch.div(ahead.add_(exp_avg), denom, out=scratch)
+    ahead = torch.sub(grad, exp_avg, out=scratch).mul_(hyper.one_minus_beta1).add_(exp_avg)
+    return torch.div(ahead, denominator(state, hyper, other), out=scratch)
 
 
-ADAPLUS = Rule(
-    name="adaplus",
-    state_keys=("exp_avg", "exp_avg_sq"),
-    required_state=("step", "exp_avg", "exp_avg_sq"),
-    required_options=("rule", "lr", "betas", "eps", "amsgrad"),  # no class of torch.optim has this state
-    options=("lr", "beta1", "beta2", "eps"),
-    accumulate_columns=("one_minus_beta1", "beta2", "one_minus_beta2"),
-    direction_columns=("rsqrt_bias_correction2", "eps"),
-    coefficients=adam_coefficients,
-    accumulate=accumulate,
-    direction=direction,
-    update=update,
-    optional=AMSGRAD,
-    stored_options=("eps",),
-)
+ADAPLUS = replace(ADABELIEF, name="adaplus", update=update)
 
 
 @takes_common
-class XAdaPlus(XGradOptimizer):
+class XAdaPlus(XAdamW):
     """AdaPlus whose gradients are taken at the weights that it is about to reach.
 
     With theta the weights and g the gradient at theta_hat::
@@ -73,17 +54,3 @@ class XAdaPlus(XGradOptimizer):
     """
 
     rule = ADAPLUS
-    fixed_options: ClassVar = {"decoupled_weight_decay": True}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, {**options, "decoupled_weight_decay": True}, **common)

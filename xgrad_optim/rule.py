@@ -115,11 +115,8 @@ class Rule:
     @cached_property
     def buffer_keys(self) -> tuple[str, ...]:
         """State keys of all tensors that are shaped like the parameter, those of options included."""
-        return (*self.state_keys, *self._optional_keys, "master_weights")
-
-    @property
-    def _optional_keys(self) -> tuple[str, ...]:
-        return () if self.optional is None else (self.optional.key,)
+        optional = () if self.optional is None else (self.optional.key,)
+        return (*self.state_keys, *optional, "master_weights")
 
     def has_optional(self, state: Container[str]) -> bool:
         """Whether the optional buffer is among these."""
