@@ -15,7 +15,7 @@ from measuring import Report, interleave
 
 sys.path.append(str(Path(__file__).resolve().parent / "study"))  # the models
 
-from tasks import CONTEXT, CharacterTransformer, cross_entropy
+from models import CONTEXT, CharacterTransformer, cross_entropy
 
 from xgrad_optim import XSGDM, XAdamW
 
@@ -53,8 +53,8 @@ class Training:
 
     def swap(self) -> None:
         """To theta and back, as a validation in mid-training needs it."""
-        self.optimizer.eval()  # type: ignore[attr-defined]
-        self.optimizer.train()  # type: ignore[attr-defined]
+        self.optimizer.eval()
+        self.optimizer.train()
 
 
 def measure_training(

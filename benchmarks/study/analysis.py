@@ -1,6 +1,6 @@
 """What the runs say, computed from the data alone: the endpoints of protocol.md."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,9 +109,9 @@ def primary(study: Study) -> dict[tuple[str, str, str], Difference]:
     }
 
 
-def over_tasks(differences: Iterable[Difference | None]) -> tuple[float, float, float, int] | None:
-    """Mean and interval over tasks of their mean differences, in %, and how many tasks these are."""
-    means = [np.log1p(one.mean / 100) for one in differences if one is not None]
+def over_tasks(differences: Sequence[Difference]) -> tuple[float, float, float, int] | None:
+    """Mean and interval over tasks of their mean differences, in %, and how many tasks these are; None of one task."""
+    means = [np.log1p(one.mean / 100) for one in differences]
     if len(means) < 2:
         return None
     mean, low, high, _ = interval(means)

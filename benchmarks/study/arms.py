@@ -1,8 +1,8 @@
 """What is compared: optimizers with their options, in families that share a grid of learning rates."""
 
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,13 @@ class Several(Optimizer):
         for part in self.parts:
             part.step()
 
+    @contextmanager
+    def true_weights(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(true_weights(part))
+            yield
+
 
 def _sgd(params: Params, lr: float, **options: Any) -> Optimizer:
     return torch.optim.SGD(params, lr=lr, **{"momentum": 0.9, **options})
@@ -145,39 +152,15 @@ BASE = {
 
 def true_weights(optimizer: Any) -> AbstractContextManager[object]:
     """The weights that the method is to be judged by are in the parameters inside the block."""
-    if isinstance(optimizer, Several):
-        return _nested(optimizer)
     if hasattr(optimizer, "true_weights"):
         return optimizer.true_weights()
-    if isinstance(optimizer, EMANesterov):
-        return _ema_theta(optimizer)
     if type(optimizer).__name__.endswith("ScheduleFree"):
         return _averaged(optimizer)
     return nullcontext()
 
 
 @contextmanager
-def _nested(optimizer: Several):
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        for part in optimizer.parts:
-            stack.enter_context(true_weights(part))
-        yield
-
-
-@contextmanager
-def _ema_theta(optimizer: EMANesterov):
-    held = [param.detach().clone() for param in optimizer.params()]
-    optimizer.to_theta()
-    yield
-    with torch.no_grad():
-        for param, value in zip(optimizer.params(), held, strict=True):
-            param.copy_(value)
-
-
-@contextmanager
-def _averaged(optimizer: Any):
+def _averaged(optimizer: Any) -> Iterator[None]:
     optimizer.eval()
     yield
     optimizer.train()

@@ -1,6 +1,7 @@
 """Optimizers of other papers that the study compares with, written plainly from their formulas."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch.optim import Optimizer
 
 
 class QHM(Optimizer):
-    """Quasi-hyperbolic momentum (arXiv 1810.06801, equations 3 and 4)::
+    """Quasi-hyperbolic momentum (arXiv 1810.06801, equations 3 and 4).
 
-    m     <- beta * m + (1 - beta) * g
-    theta <- theta - lr * ((1 - nu) * g + nu * m)
+    Each step::
+
+        m     <- beta * m + (1 - beta) * g
+        theta <- theta - lr * ((1 - nu) * g + nu * m)
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, beta: float = 0.999, nu: float = 0.7) -> None:
@@ -28,11 +31,13 @@ class QHM(Optimizer):
 
 
 class QHAdam(Optimizer):
-    """QHAdam (arXiv 1810.06801, section 4) with nu2 = 1 and AdamW's decoupled weight decay::
+    """QHAdam (arXiv 1810.06801, section 4) with nu2 = 1 and AdamW's decoupled weight decay.
 
-    m     <- beta1 * m + (1 - beta1) * g         m' = m / (1 - beta1^t)
-    v     <- beta2 * v + (1 - beta2) * g^2       v' = v / (1 - beta2^t)
-    theta <- theta * (1 - lr * weight_decay) - lr * ((1 - nu) * g + nu * m') / (sqrt(v') + eps)
+    Each step::
+
+        m     <- beta1 * m + (1 - beta1) * g         m' = m / (1 - beta1^t)
+        v     <- beta2 * v + (1 - beta2) * g^2       v' = v / (1 - beta2^t)
+        theta <- theta * (1 - lr * weight_decay) - lr * ((1 - nu) * g + nu * m') / (sqrt(v') + eps)
     """
 
     def __init__(
@@ -81,31 +86,34 @@ class EMANesterov(Around):
         theta' <- base step from theta + ahead * m
         m      <- gamma * m + (1 - gamma) * (theta' - theta)
 
-    Between steps the parameters hold theta + ahead * m; `true_weights` are theta. During the first `warm_up` steps
-    `ahead` is 0, as the paper has it.
+    Between steps the parameters hold theta + ahead * m; `true_weights()` puts theta into them.
     """
 
-    def __init__(self, base: Optimizer, gamma: float = 0.99, ahead: float = 0.3, warm_up: int = 0) -> None:
+    def __init__(self, base: Optimizer, gamma: float = 0.99, ahead: float = 0.3) -> None:
         super().__init__(base)
-        self.gamma, self.ahead, self.warm_up, self.count = gamma, ahead, warm_up, 0
+        self.gamma, self.ahead = gamma, ahead
         self.theta = [param.detach().clone() for param in self.params()]
         self.mean = [torch.zeros_like(param) for param in self.params()]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         self.base.step()
-        self.count += 1
         for param, theta, mean in zip(self.params(), self.theta, self.mean, strict=True):
             mean.lerp_(param - theta, 1 - self.gamma)
             theta.copy_(param)
-            if self.count >= self.warm_up:
-                param.add_(mean, alpha=self.ahead)
+            param.add_(mean, alpha=self.ahead)
+
+    @contextmanager
+    def true_weights(self) -> Iterator[None]:
+        held = [param.detach().clone() for param in self.params()]
+        self._put(self.theta)
+        yield
+        self._put(held)
 
     @torch.no_grad()
-    def to_theta(self) -> None:
-        """Put theta into the parameters, after the last step."""
-        for param, theta in zip(self.params(), self.theta, strict=True):
-            param.copy_(theta)
+    def _put(self, values: list[Tensor]) -> None:
+        for param, value in zip(self.params(), values, strict=True):
+            param.copy_(value)
 
 
 class Lookahead(Around):

@@ -1,7 +1,9 @@
 """Tables and plots of the study, rendered from its data alone: `make results` puts them into README.md and docs/.
 
-python benchmarks/study/report.py            render, and write what has changed
-python benchmarks/study/report.py --check    say whether README.md and docs/results.md are what the data give
+    python benchmarks/study/report.py            render, and write what has changed
+    python benchmarks/study/report.py --check    say whether README.md and docs/results.md are what the data give
+
+A test does the same as --check.
 """
 
 import argparse
@@ -12,7 +14,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-import matplotlib
 import numpy as np
 from analysis import (
     AHEAD,
@@ -30,6 +31,7 @@ from analysis import (
     tasks_of,
 )
 from arms import ARMS, BASE
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from runs import EVALUATIONS
 from scipy.stats import sem
@@ -67,13 +69,14 @@ def pooled_lines(tasks: Sequence[str], columns: Sequence[Callable[[str], Differe
     of_kind = {kind: [task for task in tasks if TASKS[task].kind == kind] for kind in ("pilot", "new")}
     short = of_kind["pilot"] + of_kind["new"]
     for title, chosen in (("pilot's tasks", of_kind["pilot"]), ("new tasks", of_kind["new"]), ("both", short)):
+        if not chosen:
+            continue
         line = [f"mean, {title}"]
         for column in columns:
             found = [column(task) for task in chosen]
             mean = None if None in found else over_tasks(found)
             line.append(NONE if mean is None else f"{percent(mean[0])} [{percent(mean[1])}, {percent(mean[2])}]")
-        if chosen:
-            yield line
+        yield line
 
 
 def short_tasks(study: Study) -> list[str]:
@@ -261,50 +264,51 @@ def forest(study: Study) -> Figure:
     return figure
 
 
-def panels(tasks: Sequence[str]) -> tuple[Figure, list[matplotlib.axes.Axes]]:
+def panels(tasks: Sequence[str], draw: Callable[[Axes, Unit, str], None]) -> Figure:
+    """One for each task; `draw(axis, unit, color)` draws a primary arm, if it has results."""
     figure = Figure((11, 3 * -(-len(tasks) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(tasks) // 3), 3, squeeze=False).flatten()
     for axis, task in zip(axes, tasks, strict=False):
         axis.set_title(name_of(task), fontsize=9)
+        for index, arm in enumerate(PRIMARY):
+            draw(axis, Unit(task, arm, "cosine"), f"C{index}")
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
-    return figure, list(axes)
+    if axes[0].lines:
+        axes[0].legend(fontsize=7)
+    return figure
 
 
 def curves(study: Study) -> Figure:
     """Mean validation loss at theta with the standard error, of the primary arms at their best learning rates."""
-    figure, axes = panels(tasks_of(study))
-    for axis, task in zip(axes, tasks_of(study), strict=False):
-        for index, arm in enumerate(PRIMARY):
-            results = final(study, Unit(task, arm, "cosine"))
-            if results is not None:
-                mean = mean_curve(results)
-                kept = [one.curve for one in results if not one.diverged]
-                error = np.std(kept, 0, ddof=1) / np.sqrt(len(kept)) if len(kept) > 1 else 0 * mean
-                steps = TASKS[task].steps * np.arange(1, EVALUATIONS + 1) / EVALUATIONS
-                axis.plot(steps, mean, color=f"C{index}", linewidth=1, label=arm)
-                axis.fill_between(steps, mean - error, mean + error, color=f"C{index}", alpha=0.2)
+
+    def draw(axis: Axes, unit: Unit, color: str) -> None:
         axis.set_yscale("log")
-    if axes[0].lines:
-        axes[0].legend(fontsize=7)
-    return figure
+        results = final(study, unit)
+        if results is not None:
+            mean = mean_curve(results)
+            kept = [one.curve for one in results if not one.diverged]
+            error = sem(kept) if len(kept) > 1 else 0 * mean
+            steps = TASKS[unit.task].steps * np.arange(1, EVALUATIONS + 1) / EVALUATIONS
+            axis.plot(steps, mean, color=color, linewidth=1, label=unit.arm)
+            axis.fill_between(steps, mean - error, mean + error, color=color, alpha=0.2)
+
+    return panels(tasks_of(study), draw)
 
 
 def robustness_plot(study: Study) -> Figure:
     """Loss of the tuning runs over the best one, by factor of the best learning rate."""
-    figure, axes = panels(short_tasks(study))
-    for axis, task in zip(axes, short_tasks(study), strict=False):
-        for index, arm in enumerate(PRIMARY):
-            found = robustness(study, Unit(task, arm, "cosine"))
-            if found is not None:
-                axis.plot(found.keys(), found.values(), "o-", color=f"C{index}", markersize=3, linewidth=1, label=arm)
+
+    def draw(axis: Axes, unit: Unit, color: str) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("symlog", linthresh=10)
         axis.set_xlabel("learning rate / best")
         axis.set_ylabel("loss above best, %")
-    if axes[0].lines:
-        axes[0].legend(fontsize=7)
-    return figure
+        found = robustness(study, unit)
+        if found is not None:
+            axis.plot(found.keys(), found.values(), "o-", color=color, markersize=3, linewidth=1, label=unit.arm)
+
+    return panels(short_tasks(study), draw)
 
 
 FIGURES: dict[str, Callable[[Study], Figure]] = {"forest": forest, "curves": curves, "robustness": robustness_plot}

@@ -2,12 +2,13 @@
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from arms import ARMS, true_weights
-from tasks import TASKS
+from tasks import TASKS, Problem
 
 Schedule = Literal["cosine", "constant"]
 
@@ -70,7 +71,7 @@ def train(run: Run, n_steps: int | None = None) -> Result:
     optimizer = ARMS[run.arm].make(problem.model.parameters(), lr=run.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(run, step, n_steps))
     ends = {max(1, round(n_steps * count / EVALUATIONS)) for count in range(1, EVALUATIONS + 1)}
-    initial = _validate(problem, None)
+    initial = _validate(problem, nullcontext())
     curve: list[float] = []
     is_finite = True
     for step in range(1, n_steps + 1):
@@ -80,21 +81,19 @@ def train(run: Run, n_steps: int | None = None) -> Result:
         optimizer.step()
         scheduler.step()
         if step in ends:
-            curve.append(_validate(problem, optimizer))
+            curve.append(_validate(problem, true_weights(optimizer)))
             is_finite = math.isfinite(curve[-1]) and math.isfinite(loss.item())
             if not is_finite:
                 break
     diverged = not is_finite or curve[-1] > initial
     last = initial if diverged else curve[-1]
-    ahead = initial if diverged else _validate(problem, None)
+    ahead = initial if diverged else _validate(problem, nullcontext())
     return Result(initial, last, ahead, diverged, curve, time.perf_counter() - started)
 
 
 @torch.no_grad()
-def _validate(problem: Any, optimizer: Any) -> float:
-    if optimizer is None:
-        return problem.validation_loss()
-    with true_weights(optimizer):
+def _validate(problem: Problem, weights: AbstractContextManager[object]) -> float:
+    with weights:
         return problem.validation_loss()
 
 

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 from arms import ARMS, BASE
+from measuring import cpu_name
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from runs import Result, Run, Schedule, as_row, train
 from tasks import CIFAR10, TASKS
@@ -61,12 +63,12 @@ class Unit:
 
 
 def units(tasks: Collection[str], arms: Collection[str], schedule: Schedule = "cosine") -> list[Unit]:
-    has_matrices = [task for task in tasks if task not in ("quadratic", "valley")]
+    """Every arm on every task, but for Muon where there is no matrix."""
     return [
         Unit(task, arm, schedule)
         for task in tasks
         for arm in arms
-        if ARMS[arm].family != "muon" or task in has_matrices
+        if ARMS[arm].family != "muon" or task not in ("quadratic", "valley")
     ]
 
 
@@ -176,13 +178,12 @@ def read(path: Path) -> Rows:
     if not path.exists():
         return {}
     rows: Rows = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["session"]:
-                run = Run(row["task"], row["arm"], row["schedule"], float(row["lr"]), int(row["seed"]))
-                curve = [float(value) for value in row["curve"].split()]
-                numbers = (float(row[name]) for name in ("initial_loss", "loss", "loss_ahead"))
-                rows[run] = Result(*numbers, row["diverged"] == "True", curve, float(row["seconds"]))
+    whole, _, _ = path.read_text().rpartition("\n")
+    for row in csv.DictReader(whole.splitlines()):
+        run = Run(row["task"], row["arm"], row["schedule"], float(row["lr"]), int(row["seed"]))
+        curve = [float(value) for value in row["curve"].split()]
+        numbers = (float(row[name]) for name in ("initial_loss", "loss", "loss_ahead"))
+        rows[run] = Result(*numbers, row["diverged"] == "True", curve, float(row["seconds"]))
     return rows
 
 
@@ -190,16 +191,12 @@ def provenance() -> dict[str, str]:
     """What a call ran with."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(describe, capture_output=True, text=True, cwd=DATA.parent).stdout.strip()
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "session": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -211,21 +208,27 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self.session = provenance()
         self._runs = folder / "runs.csv"
-        self._add(folder / "sessions.csv", list(self.session), self.session)
+        _drop_cut_line(self._runs)
+        _add(folder / "sessions.csv", list(self.session), self.session)
 
     def add(self, run: Run, result: Result) -> None:
-        self._add(self._runs, COLUMNS, as_row(run, result) | {"session": self.session["session"]})
+        _add(self._runs, COLUMNS, as_row(run, result) | {"session": self.session["session"]})
 
-    def _add(self, path: Path, columns: list[str], row: dict[str, Any]) -> None:
-        is_new = not path.exists()
-        is_cut = not is_new and not path.read_bytes().endswith(b"\n")
-        with path.open("a", newline="") as file:
-            if is_cut:
-                file.write("\n")
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+
+def _add(path: Path, columns: list[str], row: dict[str, Any]) -> None:
+    is_new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _drop_cut_line(path: Path) -> None:
+    """What an interruption has left of a line at the end."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
