@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from cases import CASES
+from training import SHAPES, clones, make_params, thetas, train
 from twins import needs_library, same_bits
 
 from xgrad_optim import XAdaPlus
@@ -13,19 +14,11 @@ WITH_UPDATE = [case for case in CASES if case.optimizer.rule.update is not None]
 every_update = pytest.mark.parametrize("case", WITH_UPDATE, ids=lambda case: case.id)
 
 
-def trained(make, n_steps=3):
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((40, 3), (5,), ())]
+def trained_by(make, steps=3):
+    params = make_params(SHAPES[:-1])
     optimizer = make(params)
-    for _ in range(n_steps):
-        feed(params, generator)
-        optimizer.step()
+    train(optimizer, params, range(steps))
     return optimizer, params
-
-
-def feed(params, generator):
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator)
 
 
 def test_undoing_never_calls_it():
@@ -44,7 +37,7 @@ def test_undoing_never_calls_it():
     class Counting(XAdaPlus):
         rule = dataclasses.replace(XAdaPlus.rule, update=update, direction=direction)
 
-    optimizer, params = trained(lambda params: Counting(params, backend="torch"), n_steps=1)
+    optimizer, params = trained_by(lambda params: Counting(params, backend="torch"), steps=1)
     assert calls == ["direction", "update"]  # one bundle of small tensors, at theta
     calls.clear()
     for _ in range(3):
@@ -52,8 +45,7 @@ def test_undoing_never_calls_it():
         optimizer.train()
     assert calls == ["direction"] * 6
     calls.clear()
-    feed(params, torch.Generator().manual_seed(1))
-    optimizer.step()
+    train(optimizer, params, [1])
     assert calls == ["direction", "direction", "update"]  # to undo, to predict, to update
 
 
@@ -62,14 +54,12 @@ def test_undoing_never_calls_it():
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_a_step_undoes_by_the_state_whatever_its_gradient(case, backend):
     """A step that moves nothing returns the very theta that the last one made."""
-    optimizer, params = trained(lambda params: case.make(params, lr=0.05, backend=backend))
-    with optimizer.true_weights():
-        theta = [param.detach().clone() for param in params]
+    optimizer, params = trained_by(lambda params: case.make(params, lr=0.05, backend=backend))
+    theta = thetas(optimizer, params)
     assert optimizer.predicted and not all(map(same_bits, params, theta))
     for group in optimizer.param_groups:
         group.update(lr=0.0)
-    feed(params, torch.Generator().manual_seed(2))
-    optimizer.step()
+    train(optimizer, params, [3])
     assert all(map(same_bits, params, theta))
 
 
@@ -78,12 +68,11 @@ def test_a_step_undoes_by_the_state_whatever_its_gradient(case, backend):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_the_update_is_not_the_prediction(case, backend):
     """theta differs from one step along what is predicted of the same state."""
-    optimizer, params = trained(lambda params: case.make(params, lr=0.05, weight_decay=0.0, backend=backend))
+    optimizer, params = trained_by(lambda params: case.make(params, lr=0.05, weight_decay=0.0, backend=backend))
     optimizer.eval()
-    before = [param.detach().clone() for param in params]
-    feed(params, torch.Generator().manual_seed(3))
-    optimizer.step()
-    theta_hat = [param.detach().clone() for param in params]
+    before = clones(params)
+    train(optimizer, params, [3])
+    theta_hat = clones(params)
     optimizer.eval()
     moved = [was - now for was, now in zip(before, params, strict=True)]
     ahead = [now - there for now, there in zip(params, theta_hat, strict=True)]

@@ -93,8 +93,8 @@ def test_master_weights_switched_off_leave_theta_in_the_parameters(cls, predicte
     train(optimizer, params, [3])
     assert all("master_weights" not in state for state in optimizer.state.values())
     assert_all_same_bits(thetas(optimizer, params), theta)
-    optimizer.param_groups[0]["lr"] = 0.02
-    train(optimizer, params, range(4, 7))
+    optimizer.param_groups[0]["lr"] = 0.1  # moves bfloat16 in one step, AdaPlus's small numerators included
+    train(optimizer, params, [4])
     assert optimizer.predicted
     assert all(not torch.equal(now, then) for now, then in zip(thetas(optimizer, params), theta, strict=True))
 

@@ -10,7 +10,7 @@ from ranks import assert_close, assert_ranks_agree, on_ranks, share
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from xgrad_bases import BASES
+from xgrad_bases import BASES, around_adamw
 
 from xgrad_optim import XGrad
 
@@ -86,11 +86,6 @@ def test_a_distributed_checkpoint_resumes(tmp_path):
             other.train(each)
             for param, own in zip(model.parameters(), resumed.parameters(), strict=True):
                 assert torch.equal(param.to_local(), own.to_local())
-
-
-def around_adamw(params, lr, prediction_steps):
-    """What ZeroRedundancyOptimizer takes for a class."""
-    return XGrad(torch.optim.AdamW(params, lr=lr), prediction_steps)
 
 
 @on_ranks(2)

@@ -35,6 +35,13 @@ BASES: dict[str, Make] = {
     "SparseAdam": partial(OPTIM.SparseAdam, lr=0.05, eps=1e-3),
 }
 MATRICES_ONLY = ("Muon",)
+
+
+def around_adamw(params, lr: float = 0.003, prediction_steps: float = 1.0, **options) -> XGrad:
+    """For who takes a class and its options: ZeroRedundancyOptimizer, the tests of clients."""
+    return XGrad(torch.optim.AdamW(params, lr=lr, **options), prediction_steps)
+
+
 NEEDS_CLOSURE = ("LBFGS",)
 every_base = pytest.mark.parametrize("name", BASES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -6,18 +6,14 @@ import pytest
 import torch
 from family import MEMBERS
 from torch import nn
+from xgrad_bases import around_adamw
 
-from xgrad_optim import XSGDM, XAdamW, XAdaPlus, XGrad, XRMSprop
+from xgrad_optim import XSGDM, XAdamW, XAdaPlus, XRMSprop
 from xgrad_optim.modes import PredictingOptimizer
-
-
-def xgrad_around_adamw(params, lr=0.003, prediction_steps=1.0, **options) -> XGrad:
-    return XGrad(torch.optim.AdamW(params, lr=lr, **options), prediction_steps)
-
 
 NATIVE = [XSGDM, XAdamW, XAdaPlus, XRMSprop]
 every_native = pytest.mark.parametrize("cls", NATIVE, ids=lambda cls: cls.__name__)
-every_kind = pytest.mark.parametrize("cls", [*NATIVE, xgrad_around_adamw], ids=lambda cls: cls.__name__)
+every_kind = pytest.mark.parametrize("cls", [*NATIVE, around_adamw], ids=lambda cls: cls.__name__)
 """One of each shape: one buffer and two, an update of its own, a buffer that the base need not have, the wrapper."""
 
 
